@@ -1,0 +1,321 @@
+"""Any caption file of Flickr30k -> image records with captions and a split.
+
+The format is told from the content, never from the file's name. Nothing is lost silently: every
+row of the file ends up in a record or in the list of rejected rows, and rows that had to be mended
+are listed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from src.errors import UserError
+
+FORMATS = {
+    "results.csv": "image_name| comment_number| comment   (Kaggle's Flickr30k)",
+    ".token": "image.jpg#0<tab>caption   (the original Flickr8k and Flickr30k)",
+    "captions.txt": "image,caption   (Kaggle's Flickr8k)",
+    "flickr_annotations_30k.csv": "raw,sentids,split,filename,img_id   (Hugging Face)",
+    "dataset_flickr30k.json": '{"images": [{"filename", "split", "sentences"}]}   (Karpathy)',
+}
+# Karpathy's "restval" photos belong to nobody's test: everyone trains on them.
+SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val",
+          "validation": "val", "test": "test"}
+PIPE_ROW = re.compile(r"([^|]*)\|\s*(\d+)\s*\|(.*)", re.DOTALL)
+PIPE_ROW_WITHOUT_SECOND_PIPE = re.compile(r"([^|]*)\|\s*(\d+)\s+([^|]*)", re.DOTALL)
+PIPE_HEADER = re.compile(r"\s*image_name\s*\|\s*comment_number\s*\|\s*comment\s*")
+TOKEN_ROW = re.compile(r"([^\t]*)#(\d+)\t(.*)", re.DOTALL)
+COMMA_ROW = re.compile(r'([^,|\t"]*\.\w+)\s*,(.*)', re.DOTALL)
+COMMA_HEADER = re.compile(r"\s*image(_name)?\s*,\s*caption\s*", re.IGNORECASE)
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One photo: its name below the image folder, its captions, its split ('' = none given)."""
+
+    name: str
+    captions: tuple[str, ...]
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A row, photo or file that was mended or rejected, and why."""
+
+    where: str
+    name: str
+    reason: str
+    text: str = ""
+
+
+@dataclass
+class Annotations:
+    """What a caption file held. `rows` counts captions: rows == captions in records + rejected."""
+
+    format: str
+    records: list[ImageRecord]
+    rows: int
+    recovered: list[Remark] = field(default_factory=list)
+    rejected: list[Remark] = field(default_factory=list)
+
+    @property
+    def has_split(self) -> bool:
+        """Whether the file itself says which photos are for training."""
+        return any(record.split for record in self.records)
+
+
+def read_annotations(path: Path) -> Annotations:
+    """Read a caption file in any of the `FORMATS`; LF or CRLF, BOM or not; quotes are text.
+
+    Raises:
+        UserError: no such file, an empty one, or one in no known format.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no caption file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read the caption file {path}: {error.strerror}") from error
+    text = content.decode("utf-8-sig", errors="replace")
+    if not text.strip():
+        raise UserError(f"the caption file {path} is empty")
+    collector = _Collector()
+    layout = _detect_format(text)
+    if layout == "dataset_flickr30k.json":
+        _read_karpathy(text, collector, path)
+    elif layout == "flickr_annotations_30k.csv":
+        _read_hugging_face(text, collector, path)
+    elif layout:
+        _read_lines(text, layout, collector)
+    else:
+        known = "\n".join(f"  {layout}" for layout in FORMATS.values())
+        raise UserError(f"{path} is in no known caption format. These are known:\n{known}")
+    return collector.finish(layout)
+
+
+class _Collector:
+    """Gathers captions by photo, in the file's order, and keeps the books."""
+
+    def __init__(self) -> None:
+        self.captions: dict[str, list[str]] = {}
+        self.splits: dict[str, str] = {}
+        self.rows = 0
+        self.recovered: list[Remark] = []
+        self.rejected: list[Remark] = []
+
+    def add(self, where: str, name: str, caption: str, split: str = "", mended: str = "") -> None:
+        self.rows += 1
+        name = name.strip()
+        clean = CONTROL_CHARACTERS.sub(" ", caption).strip()
+        if "\ufffd" in caption:
+            mended = mended or "bytes that are not UTF-8 replaced"
+        elif clean != caption.strip():
+            mended = mended or "control characters removed"
+        reason = _bad_name(name)
+        if not reason and not clean:
+            reason = "empty caption"
+        if not reason and self.splits.setdefault(name, split) != split:
+            reason = f"photo is already in split {self.splits[name]!r}"
+        if reason:
+            self.rejected.append(Remark(where, name, reason, caption))
+            return
+        if mended:
+            self.recovered.append(Remark(where, name, mended, caption))
+        self.captions.setdefault(name, []).append(clean)
+
+    def reject(self, where: str, name: str, reason: str, text: str = "", rows: int = 1) -> None:
+        self.rows += rows
+        self.rejected.extend(Remark(where, name, reason, text) for _ in range(rows))
+
+    def finish(self, layout: str) -> Annotations:
+        records = [
+            ImageRecord(name, tuple(captions), self.splits[name])
+            for name, captions in self.captions.items()
+        ]
+        return Annotations(layout, records, self.rows, self.recovered, self.rejected)
+
+
+def _bad_name(name: str) -> str:
+    """Why `name` cannot be a photo below the image folder; '' if it can."""
+    if not name:
+        return "no photo name"
+    if "\x00" in name or "\\" in name:
+        return "photo name with a NUL or a backslash"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
+        return "photo name that leads out of the image folder"
+    return ""
+
+
+def _detect_format(text: str) -> str:
+    """The key of FORMATS that `text` looks like, or '' for none."""
+    start = text.lstrip()
+    if start[0] in "{[":
+        return "dataset_flickr30k.json"
+    lines = [line for line in _lines(text[:100_000]) if line.strip()][:50]
+    header = {column.strip().strip('"') for column in lines[0].split(",")}
+    if {"raw", "filename"} <= header:
+        return "flickr_annotations_30k.csv"
+    patterns = {
+        "results.csv": (PIPE_HEADER, PIPE_ROW, PIPE_ROW_WITHOUT_SECOND_PIPE),
+        ".token": (TOKEN_ROW,),
+        "captions.txt": (COMMA_HEADER, COMMA_ROW),
+    }
+    votes = Counter(
+        layout
+        for line in lines
+        for layout, shapes in patterns.items()
+        if any(shape.fullmatch(line) for shape in shapes)
+    )
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def _lines(text: str) -> list[str]:
+    """Split at LF, CRLF or CR alone; str.splitlines would also cut inside captions."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _read_lines(text: str, layout: str, collector: _Collector) -> None:
+    """The three formats with one caption a line."""
+    header, row = {
+        "results.csv": (PIPE_HEADER, PIPE_ROW),
+        ".token": (None, TOKEN_ROW),
+        "captions.txt": (COMMA_HEADER, COMMA_ROW),
+    }[layout]
+    header_may_come = header is not None
+    for number, line in enumerate(_lines(text), start=1):
+        if not line.strip():
+            continue
+        if header_may_come and header.fullmatch(line):
+            header_may_come = False
+            continue
+        header_may_come = False
+        where = f"line {number}"
+        match = row.fullmatch(line)
+        if match:
+            caption = match[match.lastindex]
+            if layout == "captions.txt":
+                caption = _unquote(caption)
+            collector.add(where, match[1], caption)
+        elif layout == "results.csv" and (match := PIPE_ROW_WITHOUT_SECOND_PIPE.fullmatch(line)):
+            # Flickr30k's well-known broken row: `2199200615.jpg| 4   A dog runs across the grass .`
+            collector.add(where, match[1], match[3], mended="the second | was missing")
+        else:
+            collector.reject(where, "", f"not a row of the form {FORMATS[layout].split('   ')[0]}",
+                             line)
+
+
+def _unquote(cell: str) -> str:
+    """A CSV cell's text. A row is one line here, so a stray quote cannot swallow its neighbours."""
+    cell = cell.strip()
+    if len(cell) >= 2 and cell[0] == cell[-1] == '"':
+        return cell[1:-1].replace('""', '"')
+    return cell
+
+
+def _read_hugging_face(text: str, collector: _Collector, path: Path) -> None:
+    """CSV with one photo a row and its captions as a JSON list."""
+    def too_many_cells(cells: list[str]) -> None:
+        collector.reject("a row", "", "more cells than the header", ",".join(cells))
+
+    try:
+        # The Python engine: the only one that hands bad rows over one by one. NULs stop its reader.
+        table = pd.read_csv(
+            io.StringIO(text.replace("\x00", " ")), dtype=str, keep_default_na=False,
+            skipinitialspace=True, engine="python", on_bad_lines=too_many_cells,
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise UserError(f"{path} is not a readable CSV file: {error}") from error
+    columns = table.reindex(columns=["filename", "raw", "split"], fill_value="").fillna("")
+    for number, name, raw, split in columns.itertuples(name=None):
+        try:
+            captions = json.loads(raw)
+        except (json.JSONDecodeError, RecursionError):
+            captions = None
+        _add_photo(collector, f"row {number + 2}", name, captions, split, raw)
+
+
+def _read_karpathy(text: str, collector: _Collector, path: Path) -> None:
+    """Karpathy's JSON: photos with their sentences and split."""
+    try:
+        photos = json.loads(text)
+        photos = photos["images"]
+    except (json.JSONDecodeError, RecursionError, TypeError, KeyError) as error:
+        raise UserError(f'{path} is not JSON of the form {{"images": [...]}}: {error}') from error
+    if not isinstance(photos, list):
+        raise UserError(f'{path}: "images" is not a list')
+    for number, photo in enumerate(photos, start=1):
+        where = f"image {number}"
+        if not isinstance(photo, dict) or not isinstance(photo.get("sentences"), list):
+            collector.reject(where, "", "not an object with sentences", str(photo)[:200])
+            continue
+        captions = [sentence.get("raw") if isinstance(sentence, dict) else None
+                    for sentence in photo["sentences"]]
+        folder, name = photo.get("filepath", ""), photo.get("filename", "")
+        if folder and isinstance(folder, str):
+            name = f"{folder}/{name}"  # COCO's photos lie in train2014/ and val2014/
+        _add_photo(collector, where, name, captions, photo.get("split", ""), str(captions)[:200])
+
+
+def _add_photo(collector: _Collector, where: str, name: object, captions: object, split: object,
+               text: str) -> None:
+    """Add all captions of one photo, checking what JSON may hold instead of them."""
+    if not isinstance(name, str) or not isinstance(captions, list) or not captions:
+        collector.reject(where, str(name), "not a photo name with a list of captions", text)
+        return
+    if split and (not isinstance(split, str) or split.strip() not in SPLITS):
+        collector.reject(where, name, f"unknown split {split!r}", text, rows=len(captions))
+        return
+    split = SPLITS[split.strip()] if split else ""
+    for caption in captions:
+        if isinstance(caption, str):
+            collector.add(where, name, caption, split)
+        else:
+            collector.reject(where, name, "a caption that is not text", str(caption))
+
+
+def _hash_order(records: list[ImageRecord], key: str) -> list[ImageRecord]:
+    """Records shuffled as a pure function of `key` and their names, whatever order they came in."""
+    return sorted(records, key=lambda record: hashlib.sha256(
+        f"{key}:{record.name}".encode("utf-8", "surrogatepass")).digest())
+
+
+def split_by_image(
+    records: list[ImageRecord], val_fraction: float, seed: int
+) -> dict[str, list[ImageRecord]]:
+    """Train, val and test records; every photo, with all its captions, lies in exactly one.
+
+    The file's own split where it has one, and a photo without one trains. Otherwise `val_fraction`
+    of the photos (at least one, where there are two) validate, chosen by a hash of seed and name.
+    """
+    splits: dict[str, list[ImageRecord]] = {"train": [], "val": [], "test": []}
+    if any(record.split for record in records):
+        for record in records:
+            splits[record.split or "train"].append(record)
+        return splits
+    n_val = min(max(1, round(len(records) * val_fraction)), len(records) - 1)
+    chosen = {record.name for record in _hash_order(records, f"split {seed}")[: max(0, n_val)]}
+    for record in records:
+        splits["val" if record.name in chosen else "train"].append(record)
+    return splits
+
+
+def limit_images(
+    splits: dict[str, list[ImageRecord]], max_images: int, seed: int
+) -> dict[str, list[ImageRecord]]:
+    """At most `max_images` photos in all, each split keeping its share and at least one photo."""
+    total = sum(len(records) for records in splits.values())
+    limited = {}
+    for split, records in splits.items():
+        count = max(1, round(max_images * len(records) / max(1, total)))
+        chosen = {record.name for record in _hash_order(records, f"limit {seed}")[:count]}
+        limited[split] = [record for record in records if record.name in chosen]
+    return limited

@@ -1,0 +1,72 @@
+"""Save, resume and load trained models. Checkpoints hold tensors and plain values only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from src.augment import IMAGENET_MEAN, IMAGENET_STD
+from src.errors import UserError
+from src.files import load_tensors, save_tensors
+from src.model import DualEncoder, ModelConfig
+from src.pixels import store_size
+from src.tokenizer import Tokenizer
+
+DUAL_ENCODER = "dual encoder"
+IMAGE_ENCODER = "image encoder"
+
+
+def save_checkpoint(
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
+) -> None:
+    """Write `model_state`, `vocab`, the model's config, and `extra` plain values or states.
+
+    Raises:
+        UserError: the file cannot be written; an earlier file of that name is intact.
+    """
+    save_tensors(path, {
+        "kind": DUAL_ENCODER,
+        "model_state": model.state_dict(),
+        "vocab": tokenizer.vocab,
+        "config": asdict(model.config),
+        **extra,
+    })
+
+
+def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
+    """Rebuild model (in eval mode, on the CPU) and tokenizer; the third value is the whole file.
+
+    Raises:
+        UserError: no such file, not a checkpoint of the dual encoder, or a damaged one.
+    """
+    content = load_tensors(path)
+    if content.get("kind") != DUAL_ENCODER:
+        kind = content.get("kind", "no checkpoint of this project")
+        raise UserError(f"{path} holds {kind}; a checkpoint written by train.py is needed")
+    try:
+        model = DualEncoder(ModelConfig(**content["config"]))
+        model.load_state_dict(content["model_state"])
+        tokenizer = Tokenizer(content["vocab"], model.config.context_length)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from error
+    return model.eval(), tokenizer, content
+
+
+def export_image_encoder(path: Path, model: DualEncoder) -> None:
+    """Write the image tower with all that is needed to rebuild and feed it.
+
+    `backbone_state` loads into `EfficientNet.from_name(name, include_top=False)`; the embedding of
+    a photo is `projection @ features`, normalised. Raises UserError as `save_checkpoint`.
+    """
+    config = model.config
+    save_tensors(path, {
+        "kind": IMAGE_ENCODER,
+        "name": config.image_encoder,
+        "backbone_state": model.image_encoder.backbone.state_dict(),
+        "projection": model.image_projection.linear.weight.detach(),  # (D, F)
+        "image_size": config.image_size,
+        "resize": store_size(config.image_size),
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    })

@@ -1,0 +1,98 @@
+"""EfficientNet without its classifier: pictures -> pooled features.
+
+Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019,
+as implemented and published by the package efficientnet_pytorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from efficientnet_pytorch import EfficientNet
+from efficientnet_pytorch.utils import url_map
+from torch import nn
+
+from src.errors import UserError
+from src.files import load_tensors
+
+IMAGE_ENCODERS = tuple(f"efficientnet-b{i}" for i in range(8))
+
+
+class ImageEncoder(nn.Module):
+    """EfficientNet up to its global average pool.
+
+    `backbone` keeps the parameter names of efficientnet_pytorch, so its state loads into a plain
+    `EfficientNet.from_name(name, include_top=False)`.
+    """
+
+    def __init__(self, name: str, image_size: int) -> None:
+        """Build with random weights.
+
+        Args:
+            name: one of IMAGE_ENCODERS.
+            image_size: side of the input pictures; the "same" padding of the strided convolutions
+                is worked out for it.
+        """
+        super().__init__()
+        self.name = name
+        # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
+        # few hundred steps evaluate with statistics of the weights that they end with.
+        self.backbone = EfficientNet.from_name(
+            name, include_top=False, image_size=image_size, batch_norm_momentum=0.9
+        )
+        self.backbone._swish = nn.SiLU()  # the same function as the package's, in one fused kernel
+        for block in self.backbone._blocks:
+            block._swish = nn.SiLU()
+        self.to(memory_format=torch.channels_last)  # convolutions run 2-3 times as fast on the CPU
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the pooled features: 1280 for b0."""
+        return self.backbone._bn1.num_features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) normalised images -> (B, F) features."""
+        return self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
+
+    def load_weights(self, weights: str) -> None:
+        """Load 'imagenet' (downloaded once, then from torch's cache), 'none' or a file of weights.
+
+        The file may be one that efficientnet_pytorch publishes or any state in its names; the
+        classifier `_fc` is left out.
+
+        Raises:
+            UserError: no such file, weights of another network, or the download failed.
+        """
+        if weights == "none":
+            return
+        state = _download(self.name) if weights == "imagenet" else load_tensors(Path(weights))
+        state = {key: value for key, value in state.items() if not key.startswith("_fc.")}
+        own = self.backbone.state_dict()
+        shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
+        wrong = [key for key in own.keys() | shapes.keys()
+                 if key not in own or own[key].shape != shapes.get(key)]
+        if wrong:
+            raise UserError(
+                f"{weights} does not hold the weights of {self.name}: {len(wrong)} of {len(own)} "
+                f"tensors differ, {min(wrong)} among them; choose the fitting --image-encoder"
+            )
+        self.backbone.load_state_dict(state)
+
+
+def _download(name: str) -> dict[str, torch.Tensor]:
+    """The published ImageNet weights of `name`, from torch's cache or the network."""
+    url = url_map[name]
+    file = url.rsplit("/", 1)[1]
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (URLError, OSError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"the ImageNet weights of {name} could not be downloaded ({error}).\n"
+            f"Fetch {url} elsewhere and put it into {cache} as {file},\n"
+            "or pass the file with --weights PATH, or start from random weights with --weights none"
+        ) from error

@@ -1,0 +1,248 @@
+"""Photos on disk -> one memory-mapped uint8 file: each is decoded once, ever.
+
+Decoding a JPEG costs some 3 ms, copying its pixels from the map some 10 us; training on five
+captions a photo for five epochs would otherwise decode every photo 25 times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from src.errors import UserError
+from src.files import exclusive_lock, sync_folder, write_atomic
+
+MAX_PIXELS = 178_956_970  # decoded; Pillow's own limit against decompression bombs, 0.5 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
+# Whatever a broken photo makes Pillow raise; struct.error and friends are ValueError's neighbours.
+UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError,
+              EOFError, AttributeError, MemoryError, ZeroDivisionError)
+
+
+def load_image(path: Path, longest: int | None = None) -> Image.Image:
+    """Decode one photo: RGB, upright by its EXIF orientation, transparency over white.
+
+    Args:
+        path: any format that Pillow reads; of an animation the first frame.
+        longest: shrink so that no side is longer than this many pixels.
+
+    Raises:
+        ValueError: not a readable picture; the message says why.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # corrupt EXIF and the like; the pixels decide
+            if longest:  # lets the JPEG decoder skip detail that is thrown away anyway
+                image.draft("RGB", (longest, longest))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            image = _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError("not a picture in a known format") from error
+    except UNREADABLE as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    if longest:
+        image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode. convert() alone clips 16-bit grey to white and shows what is transparent."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float32)
+        scale = 65535 if image.mode.startswith("I") else max(1.0, float(np.nanmax(grey)))
+        image = Image.fromarray((grey.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_square(path: Path, size: int) -> np.ndarray:
+    """The whole photo squeezed to a square: (size, size, 3) uint8. Raises ValueError as load_image.
+
+    Squeezing keeps what stands at the borders, which captions speak of and a centre crop loses.
+    """
+    image = load_image(path, longest=None if size > 512 else 4 * size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
+    """Write a picture, (H, W, 3) uint8 or PIL, in the format of the path's suffix, atomically."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], quality=90)
+    write_atomic(path, buffer.getvalue())
+
+
+def store_size(image_size: int) -> int:
+    """Side of the stored squares: a little larger than the input, for the random crop."""
+    return image_size * 15 // 14
+
+
+class PixelStore:
+    """Photos as rows of one memory-mapped file.
+
+    Attributes:
+        pixels: (rows, size, size, 3) uint8, read-only.
+        rows: photo name -> its row.
+        failed: photo name -> why it could not be decoded.
+
+    On disk lie `pixels_<size>.uint8`, the rows one after another, and `pixels_<size>.jsonl`, one
+    line for each decoded photo with its row and the file's size and time. A line is written only
+    after its pixels, so an interrupted build goes on where it stopped, and a photo that changed
+    is decoded again.
+    """
+
+    def __init__(self, pixels: np.ndarray, rows: dict[str, int], failed: dict[str, str]) -> None:
+        self.pixels = pixels
+        self.rows = rows
+        self.failed = failed
+
+    @classmethod
+    def build(
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None = None
+    ) -> PixelStore:
+        """Open the store in `folder`, decoding first what of `names` is new or has changed.
+
+        Args:
+            folder: where the store lies, made if need be.
+            images: the photos' folder; `names` are relative to it.
+            size: side of the stored squares in pixels.
+            workers: decoding threads; None for one a core (Pillow decodes outside Python's lock).
+
+        Raises:
+            UserError: not enough disk, or the folder cannot be written.
+        """
+        try:
+            with exclusive_lock(folder / f"pixels_{size}.lock"):
+                return cls._build_locked(folder, images, names, size, workers)
+        except OSError as error:
+            raise UserError(f"cannot keep decoded pixels in {folder}: {error}") from error
+
+    @classmethod
+    def _build_locked(
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None
+    ) -> PixelStore:
+        data, journal = folder / f"pixels_{size}.uint8", folder / f"pixels_{size}.jsonl"
+        row_bytes = size * size * 3
+        entries = _read_journal(journal, data, row_bytes)
+        signatures = {name: _signature(images / name) for name in names}
+        stale = [name for name in names
+                 if name not in entries or entries[name]["signature"] != signatures[name]]
+        if stale:
+            next_row = 1 + max((entry["row"] for entry in entries.values()), default=-1)
+            rows = {}
+            for name in stale:
+                rows[name] = entries[name]["row"] if name in entries else next_row
+                next_row = max(next_row, rows[name] + 1)
+            _check_disk(folder, data, next_row * row_bytes, len(stale), size)
+            _decode_into(data, journal, images, rows, signatures, entries, size, workers)
+        n_rows = data.stat().st_size // row_bytes if data.exists() else 0
+        pixels = (np.memmap(data, np.uint8, "r", shape=(n_rows, size, size, 3)) if n_rows
+                  else np.zeros((0, size, size, 3), np.uint8))
+        wanted = {name: entries[name] for name in names}
+        return cls(
+            pixels,
+            {name: entry["row"] for name, entry in wanted.items() if not entry["error"]},
+            {name: entry["error"] for name, entry in wanted.items() if entry["error"]},
+        )
+
+
+def _signature(path: Path) -> list[int]:
+    """Size and time of a file, to notice a change; [-1, -1] where there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return [-1, -1]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read_journal(journal: Path, data: Path, row_bytes: int) -> dict[str, dict]:
+    """Photo name -> its last journal entry. Lines half written or without pixels do not count."""
+    entries: dict[str, dict] = {}
+    if not journal.exists():
+        return entries
+    n_rows = data.stat().st_size // row_bytes if data.exists() else 0
+    for line in journal.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if 0 <= entry["row"] < n_rows:
+                entries[entry["name"]] = entry
+    return entries
+
+
+def _check_disk(folder: Path, data: Path, needed: int, n_photos: int, size: int) -> None:
+    """Say what the store takes, and refuse where the disk does not have it."""
+    extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
+    free = shutil.disk_usage(folder).free
+    print(f"decoding {n_photos:,} photos once to {size}x{size}: {needed / 1e9:.2f} GB in {data} "
+          f"({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
+    if extra > free:
+        raise UserError(
+            f"the decoded photos need {extra / 1e9:.2f} GB more in {folder}, where "
+            f"{free / 1e9:.2f} GB are free: make room, choose another place with --cache-dir, "
+            "or take fewer photos with --max-images or smaller ones with --image-size"
+        )
+
+
+def _decode_into(
+    data: Path, journal: Path, images: Path, rows: dict[str, int],
+    signatures: dict[str, list[int]], entries: dict[str, dict], size: int, workers: int | None,
+) -> None:
+    """Decode the photos of `rows` into their rows of the data file and note them in the journal."""
+    row_bytes = size * size * 3
+    # Rows are written, not mapped: a full disk is then an error that can be told, not a SIGBUS.
+    descriptor = os.open(data, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def decode(name: str) -> tuple[str, str]:
+        try:
+            pixels, error = load_square(images / name, size), ""
+        except ValueError as cause:
+            pixels, error = np.zeros((size, size, 3), np.uint8), str(cause)
+        view, offset = memoryview(pixels).cast("B"), rows[name] * row_bytes
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+        return name, error
+
+    try:
+        with (ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+              open(journal, "a", encoding="utf-8") as log,
+              tqdm(total=len(rows), desc="decoding", unit="photo") as bar):
+            if journal.stat().st_size:
+                log.write("\n")  # the last line may be half written
+            names = iter(rows)
+            while chunk := list(islice(names, 512)):
+                done = list(_map_with_progress(pool, decode, chunk, bar))
+                os.fsync(descriptor)  # pixels first, then the lines that vouch for them
+                for name, error in done:
+                    entry = {"name": name, "row": rows[name], "signature": signatures[name],
+                             "error": error}
+                    entries[name] = entry
+                    log.write(json.dumps(entry) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
+        sync_folder(data.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _map_with_progress(pool: ThreadPoolExecutor, function, items: list, bar: tqdm) -> Iterator:
+    """pool.map that moves the progress bar as results arrive."""
+    for result in pool.map(function, items):
+        bar.update()
+        yield result

@@ -1,0 +1,77 @@
+"""What a run tells its user: rejected input, metrics, example queries."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+
+from src.annotations import Remark
+from src.dataset import Flickr30kDataset, Source
+from src.files import write_atomic
+from src.model import DualEncoder
+from src.pixels import PixelStore
+from src.plots import SheetRow, plot_contact_sheet
+from src.retrieval import embed_images, embed_tokens
+
+
+def remarks_of(source: Source, store: PixelStore | None = None) -> dict[str, list[Remark]]:
+    """All that was wrong with the input, by kind."""
+    failed = store.failed if store else {}
+    return {
+        "caption rows recovered": source.annotations.recovered,
+        "caption rows rejected": source.annotations.rejected,
+        "photos missing": source.missing,
+        "photos unreadable": [Remark(str(source.images), name, reason)
+                              for name, reason in failed.items()],
+    }
+
+
+def write_rejected(path: Path, source: Source, store: PixelStore | None = None) -> str:
+    """Write every remark on the input to a CSV file and return a summary of one line."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["kind", "where", "name", "reason", "text"])
+    remarks = remarks_of(source, store)
+    for kind, found in remarks.items():
+        table.writerows([kind, r.where, r.name, r.reason, r.text] for r in found)
+    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in remarks.items() if found)
+    return f"input: {source.annotations.rows:,} captions; " + (f"{counts}: {path}" if counts
+                                                                else "nothing rejected")
+
+
+def print_metrics(line: dict, is_best: bool = False) -> None:
+    """One epoch on one line."""
+    recalls = "   ".join(
+        f"{label} R@1/5/10 " + " / ".join(f"{line[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
+        + f", median rank {line[f'{direction}_median_rank']:.0f}"
+        for label, direction in (("text->image", "text_to_image"), ("image->text", "image_to_text"))
+    )
+    print(f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   rsum {line['rsum']:.1f}"
+          + ("   (best)" if is_best else ""))
+
+
+def plot_examples(
+    path: Path, model: DualEncoder, dataset: Flickr30kDataset, count: int = 6, top: int = 5
+) -> None:
+    """A contact sheet: captions spread over a split, with the top photos of that split.
+
+    The photo that a caption was written for is framed where it is among the top.
+    """
+    queries = torch.linspace(0, len(dataset) - 1, count).long()
+    text_embeddings = embed_tokens(model.eval(), dataset.tokens[queries])
+    similarity = text_embeddings @ embed_images(model, dataset).T
+    scores, best = similarity.topk(min(top, len(dataset.records)))
+    rows = []
+    for query, its_scores, photos in zip(queries.tolist(), scores, best, strict=True):
+        right = (photos == dataset.image_index[query]).nonzero().flatten().tolist()
+        rows.append(SheetRow(
+            dataset.captions[query],
+            list(dataset.pixels(photos.numpy()).numpy()),
+            [f"{score:.2f}" for score in its_scores.tolist()],
+            right[0] if right else None,
+        ))
+    plot_contact_sheet(path, rows)

@@ -1,0 +1,57 @@
+"""Embed photos and captions with a trained model, and score one against the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from src.augment import eval_view
+from src.dataset import Flickr30kDataset
+from src.metrics import retrieval_metrics
+from src.model import DualEncoder
+from src.runtime import autocast
+
+BATCH_SIZE = 128
+
+
+@torch.inference_mode()
+def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Stored squares (B, S, S, 3) uint8 -> (B, D) float32 embeddings on the CPU.
+
+    The model is to be in eval mode.
+    """
+    device = model.logit_scale.device
+    images = eval_view(pixels.to(device, non_blocking=True), model.config.image_size)
+    with autocast(device):
+        return model.encode_image(images).cpu()
+
+
+@torch.inference_mode()
+def embed_tokens(model: DualEncoder, tokens: torch.Tensor, batch_size: int = 4096) -> torch.Tensor:
+    """Token ids (M, L) -> (M, D) float32 embeddings on the CPU, as `embed_pixels`."""
+    device = model.logit_scale.device
+    parts = [model.encode_text(part.to(device)).cpu() for part in tokens.split(batch_size)]
+    return torch.cat(parts)
+
+
+def embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
+    """Each photo of a split once: (N, D) float32 embeddings on the CPU."""
+    model.eval()
+    starts: Iterable[int] = range(0, len(dataset.records), BATCH_SIZE)
+    parts = []
+    for start in tqdm(starts, desc="embedding", unit="batch", leave=False, disable=None,
+                      file=sys.stderr):
+        photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
+        parts.append(embed_pixels(model, dataset.pixels(photos)))
+    return torch.cat(parts)
+
+
+def evaluate_retrieval(model: DualEncoder, dataset: Flickr30kDataset) -> dict[str, float]:
+    """The retrieval metrics of a whole split: its photos against all their captions."""
+    image_embeddings = embed_images(model, dataset)
+    text_embeddings = embed_tokens(model, dataset.tokens)
+    return retrieval_metrics(image_embeddings, text_embeddings, dataset.image_index)

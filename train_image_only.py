@@ -1,0 +1,41 @@
+"""Export the image encoder of a trained checkpoint. Trains nothing.
+
+    python train_image_only.py         # results/models/flickr30k_clip_best.pth
+                                       #   -> results/models/image_encoder_from_clip.pth
+
+The file holds the EfficientNet, its projection to the shared space, and what is needed to feed it
+(name, input size, mean, deviation); the README shows the ten lines that load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from src.checkpoint import export_image_encoder, load_checkpoint
+from src.cli import add_results_arguments, resolve_results
+from src.errors import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the checkpoint, write the image encoder. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_results_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")
+    args = parser.parse_args(argv)
+    results = resolve_results(args)
+    checkpoint, output = args.checkpoint or results.best, args.output or results.exported
+    model, _, content = load_checkpoint(checkpoint)
+    export_image_encoder(output, model)
+    print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "
+          f"({output.stat().st_size / 1e6:.1f} MB): {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
