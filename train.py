@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     model, _, best = load_checkpoint(results.best)
     plot_examples(results.folder / "examples.png", model.to(device), val_set)
     print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
-    print(f"captions with their top five photos, the right one framed: {results.folder / 'examples.png'}")
+    print("captions with their top five photos, the right one framed: "
+          f"{results.folder / 'examples.png'}")
     return 0
 
 
