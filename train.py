@@ -45,7 +45,7 @@ from src.runtime import grad_scaler, pick_device, seed_all
 from src.tokenizer import Tokenizer
 
 # From random weights, on pictures of 64 pixels: another task than fine-tuning, so another recipe.
-DEMO = dict(weights="none", image_size=64, epochs=10, lr=2e-3, schedule="cosine", warmup_steps=20,
+DEMO = dict(weights="none", image_size=64, epochs=10, lr=3e-3, schedule="cosine", warmup_steps=20,
             captions_per_image=5, flip=False, min_freq=1)
 
 

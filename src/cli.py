@@ -88,7 +88,7 @@ def resolve_data(args: argparse.Namespace) -> Data:
     return Data(
         images=images,
         annotations=args.annotations or data / "annotations" / "annotations.csv",
-        cache=args.cache_dir or images.parent,
+        cache=getattr(args, "cache_dir", None) or images.parent,
     )
 
 
@@ -130,3 +130,23 @@ def fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError("must be from 0 to below 1")
     return value
+
+
+def recall_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, content: dict
+) -> argparse.Namespace:
+    """Parse again, with the checkpoint's training run as the defaults of data and split.
+
+    So a split is evaluated as it was trained on, without saying so again. Where a flag says where
+    the data are, none of the run's own places count.
+    """
+    trained = content.get("args", {})
+    given = parser.parse_args(argv)
+    places = ("data_dir", "images", "annotations", "cache_dir")
+    defaults = {name: trained.get(name) for name in ("seed", "val_fraction", "max_images")}
+    if not any(getattr(given, name, None) for name in places):
+        defaults |= {name: Path(trained[name]) for name in places if trained.get(name)}
+    known = vars(given)
+    parser.set_defaults(**{name: value for name, value in defaults.items()
+                           if name in known and value is not None})
+    return parser.parse_args(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import os
 import pickle
@@ -62,6 +63,14 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's content, in hex. Raises UserError where there is no such file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def load_square(path: Path, size: int) -> np.ndarray:
     Squeezing keeps what stands at the borders, which captions speak of and a centre crop loses.
     """
     image = load_image(path, longest=None if size > 512 else 4 * size)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:

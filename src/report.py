@@ -75,3 +75,14 @@ def plot_examples(
             right[0] if right else None,
         ))
     plot_contact_sheet(path, rows)
+
+
+def format_table(metrics: dict[str, float]) -> str:
+    """The retrieval metrics as a table of two rows and their rsum."""
+    lines = [f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}{'mean rank':>11}"]
+    for direction in ("image_to_text", "text_to_image"):
+        recalls = "".join(f"{metrics[f'{direction}_R@{k}']:7.1f}" for k in (1, 5, 10))
+        lines.append(f"{direction.replace('_', ' '):16}{recalls}"
+                     f"{metrics[f'{direction}_median_rank']:13.1f}"
+                     f"{metrics[f'{direction}_mean_rank']:11.1f}")
+    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])

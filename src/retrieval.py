@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from src.augment import eval_view
-from src.dataset import Flickr30kDataset
 from src.metrics import retrieval_metrics
 from src.model import DualEncoder
 from src.runtime import autocast
+
+if TYPE_CHECKING:  # its import brings pandas, which a search does not need
+    from src.dataset import Flickr30kDataset
 
 BATCH_SIZE = 128
 
@@ -41,7 +43,7 @@ def embed_tokens(model: DualEncoder, tokens: torch.Tensor, batch_size: int = 409
 def embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
     """Each photo of a split once: (N, D) float32 embeddings on the CPU."""
     model.eval()
-    starts: Iterable[int] = range(0, len(dataset.records), BATCH_SIZE)
+    starts = range(0, len(dataset.records), BATCH_SIZE)
     parts = []
     for start in tqdm(starts, desc="embedding", unit="batch", leave=False, disable=None,
                       file=sys.stderr):

@@ -17,8 +17,10 @@ class TextEncoder(nn.Module):
         # Not nn.Embedding's N(0, 1): at lr 2e-5 AdamW moves a weight by 0.2 at most in 11,000
         # steps, so words started that far apart would stay where chance put them.
         nn.init.normal_(self.embedding.weight, std=0.02)
+        # Padding stays at zero; <unk> starts there, so a model whose train captions had no unknown
+        # word gives none a say later.
         with torch.no_grad():
-            self.embedding.weight[Tokenizer.pad_id].zero_()
+            self.embedding.weight[[Tokenizer.pad_id, Tokenizer.unk_id]] = 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L) token ids -> (B, E) features; zeros for a caption without words."""

@@ -1,0 +1,92 @@
+"""Measure a trained checkpoint the way papers do: Recall@K, median and mean rank, both ways.
+
+    python evaluate.py                                  # the best checkpoint, validation photos
+    python evaluate.py --split test --checkpoint results/models/flickr30k_clip_best.pth
+    python evaluate.py --demo
+
+Unique photos against all their captions; image-to-text counts the best of a photo's captions; ties
+count against the model; float32. Data and split default to those of the training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from src.checkpoint import load_checkpoint
+from src.cli import (
+    add_data_arguments,
+    add_results_arguments,
+    add_split_arguments,
+    recall_arguments,
+    resolve_data,
+    resolve_results,
+)
+from src.dataset import Flickr30kDataset, open_source
+from src.errors import UserError, run_script
+from src.files import write_atomic
+from src.pixels import PixelStore, store_size
+from src.report import format_table, write_rejected
+from src.retrieval import evaluate_retrieval
+from src.runtime import pick_device
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate one split, print the table, write the JSON. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_results_arguments(parser)
+    add_data_arguments(parser)
+    add_split_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    parser.add_argument("--split", choices=("train", "val", "test", "all"), default="val",
+                        help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="the JSON (default: RESULTS_DIR/evaluation_SPLIT.json)")
+    parser.add_argument("--device", default="auto", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    results = resolve_results(args)
+    checkpoint = args.checkpoint or results.best
+    model, tokenizer, content = load_checkpoint(checkpoint)
+    args = recall_arguments(parser, argv, content)
+    data = resolve_data(args)
+
+    source = open_source(
+        data.images, data.annotations, args.val_fraction, args.seed, args.max_images
+    )
+    records = [record for split, records in source.splits.items() for record in records
+               if args.split in (split, "all")]
+    if not records:
+        there = ", ".join(split for split, records in source.splits.items() if records)
+        raise UserError(f"{data.annotations} has no {args.split} photos; there are: {there}")
+    names = [record.name for record in records]
+    store = PixelStore.build(
+        data.cache, data.images, names, store_size(model.config.image_size)
+    )
+    print(write_rejected(results.folder / "rejected.csv", source, store))
+    dataset = Flickr30kDataset(records, store, tokenizer)
+    if not dataset.records:
+        raise UserError(f"no {args.split} photo could be read")
+
+    start = time.perf_counter()
+    metrics = evaluate_retrieval(model.to(pick_device(args.device)), dataset)
+    report = {
+        "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,
+        "photos": len(dataset.records), "captions": len(dataset),
+        **metrics, "seconds": time.perf_counter() - start,
+    }
+    output = args.output or results.folder / f"evaluation_{args.split}.json"
+    write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
+    print(f"{args.split}: {len(dataset.records):,} photos, {len(dataset):,} captions, "
+          f"{checkpoint} (epoch {content.get('epoch')})\n")
+    print(format_table(metrics))
+    print(f"\n{output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
