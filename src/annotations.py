@@ -115,12 +115,13 @@ class _Collector:
     def add(self, where: str, name: str, caption: str, split: str = "", mended: str = "") -> None:
         self.rows += 1
         name = name.strip()
-        clean = CONTROL_CHARACTERS.sub(" ", caption).strip()
+        caption = caption.strip()
+        clean = caption if caption.isprintable() else CONTROL_CHARACTERS.sub(" ", caption).strip()
         if "\ufffd" in caption:
             mended = mended or "bytes that are not UTF-8 replaced"
-        elif clean != caption.strip():
+        elif clean != caption:
             mended = mended or "control characters removed"
-        reason = _bad_name(name)
+        reason = "" if name in self.captions else _bad_name(name)
         if not reason and not clean:
             reason = "empty caption"
         if not reason and self.splits.setdefault(name, split) != split:

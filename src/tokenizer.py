@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 PAD, UNK = "<pad>", "<unk>"
 WORD = re.compile(r"[^\W_]+")  # runs of letters and digits, of any script
+ASCII_WORDS = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 
 
 def split_words(text: str) -> list[str]:
@@ -18,6 +21,8 @@ def split_words(text: str) -> list[str]:
 
     Flickr30k itself writes "man 's", so an apostrophe parts words here too.
     """
+    if text.isascii():  # the same words, at twice the speed
+        return text.translate(ASCII_WORDS).split()
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
@@ -58,12 +63,14 @@ class Tokenizer:
 
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Token ids of M captions: (M, context_length) int64; words past the length are dropped."""
-        length, vocab, unk = self.context_length, self.vocab, self.unk_id
-        rows = []
+        ids, lengths = array("q"), array("q")  # flat: a Python list a caption would be slow
         for caption in captions:
-            ids = [vocab.get(word, unk) for word in split_words(caption)[:length]]
-            rows.append(ids + [self.pad_id] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(captions), length)  # (M, L)
+            words = split_words(caption)[: self.context_length]
+            ids.extend([self.vocab.get(word, self.unk_id) for word in words])
+            lengths.append(len(words))
+        tokens = np.full((len(captions), self.context_length), self.pad_id, np.int64)  # (M, L)
+        tokens[np.arange(self.context_length) < np.array(lengths)[:, None]] = ids
+        return torch.from_numpy(tokens)
 
     def decode(self, tokens: torch.Tensor) -> str:
         """The words of one row of ids (L,), without padding."""

@@ -1,0 +1,13 @@
+"""Run every table: `python -m benchmarks`, or one: `python -m benchmarks captions`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+TABLES = ("captions", "search")
+
+if __name__ == "__main__":
+    for table in sys.argv[1:] or TABLES:
+        print(f"\n== {table}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{table}"], check=True)
