@@ -25,10 +25,10 @@ from src.cli import (
     add_results_arguments,
     add_split_arguments,
     positive_int,
+    prepare_demo,
     resolve_data,
 )
 from src.dataset import Source, open_source
-from src.demo import draw_demo
 from src.errors import run_script
 from src.image_encoder import IMAGE_ENCODERS
 from src.loss import contrastive_loss
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     data = resolve_data(args)
     image_size = args.image_size or (64 if args.demo else 224)
-    if args.demo:
-        draw_demo(data.images.parent)
+    prepare_demo(args, data)
     source = open_source(
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )

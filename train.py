@@ -17,6 +17,8 @@ import json
 import time
 from pathlib import Path
 
+import torch
+
 from src.checkpoint import load_checkpoint, save_checkpoint
 from src.cli import (
     add_data_arguments,
@@ -25,12 +27,12 @@ from src.cli import (
     fraction,
     positive_float,
     positive_int,
+    prepare_demo,
     prepare_results,
     resolve_data,
     resolve_results,
 )
 from src.dataset import Flickr30kDataset, open_source
-from src.demo import draw_demo
 from src.engine import train_one_epoch
 from src.errors import UserError, run_script
 from src.files import write_atomic
@@ -106,8 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_results(results.folder)
 
     # Data: captions matched with photos and split, every photo decoded once.
-    if args.demo:
-        draw_demo(data.images.parent)
+    prepare_demo(args, data)
     source = open_source(
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )
@@ -140,16 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
           f"{n_parameters / 1e6:.1f} M parameters, on {device}")
 
-    # Optimiser. Steps an epoch are the same in every epoch, since the batches are full.
+    # Optimiser. Steps an epoch are all but the same in every epoch, since the batches are full.
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
-    n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
-    scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule)
     scaler = grad_scaler(device)
-    states = {"optimizer_state": optimizer, "scheduler_state": scheduler, "scaler_state": scaler}
     log: list[dict] = []
     if args.resume:
-        log = resume(results.last, model, tokenizer, states)
+        log = resume(results.last, model, tokenizer, optimizer, scaler)
         print(f"resumed after epoch {len(log)}")
+    n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
+    scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule,
+                               done_steps=log[-1]["steps"] if log else 0)
     flags = {name: str(value) if isinstance(value, Path) else value
              for name, value in vars(args).items()}
     write_atomic(results.folder / "args.json", json.dumps(flags, indent=2).encode())
@@ -164,15 +165,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         start = time.perf_counter()
         metrics = evaluate_retrieval(model, val_set)
-        line = {"epoch": epoch, "lr": lr, "logit_scale": model.logit_scale.item(), **trained,
-                **metrics, "validation_seconds": time.perf_counter() - start}
+        line = {"epoch": epoch, "steps": scheduler.last_epoch, "lr": lr,
+                "logit_scale": model.logit_scale.item(), **trained, **metrics,
+                "validation_seconds": time.perf_counter() - start}
         best_before = max((earlier["rsum"] for earlier in log), default=-1.0)
         log.append(line)
         content = {"epoch": epoch, "metrics": metrics, "args": flags}
         if metrics["rsum"] > best_before:
             save_checkpoint(results.best, model, tokenizer, **content)
         save_checkpoint(results.last, model, tokenizer, **content, log=log,
-                        **{name: part.state_dict() for name, part in states.items()})
+                        optimizer_state=optimizer.state_dict(), scaler_state=scaler.state_dict())
         write_atomic(results.folder / "log.jsonl",
                      "".join(json.dumps(line) + "\n" for line in log).encode())
         plot_curves(results.folder / "curves.png", log)
@@ -187,8 +189,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def resume(path: Path, model: DualEncoder, tokenizer: Tokenizer, states: dict) -> list[dict]:
+def resume(
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> list[dict]:
     """Put a run back to where its last finished epoch left it; returns its log.
+
+    The optimiser gets its moments back and keeps the rate and decay that this run was given.
 
     Raises:
         UserError: there is no such run, or it had another model or vocabulary.
@@ -202,8 +209,9 @@ def resume(path: Path, model: DualEncoder, tokenizer: Tokenizer, states: dict) -
             "flags and the data that it was started with, or another --results-dir"
         )
     model.load_state_dict(content["model_state"])
-    for name, part in states.items():
-        part.load_state_dict(content[name])
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**content["optimizer_state"], "param_groups": own_groups})
+    scaler.load_state_dict(content["scaler_state"])
     return content["log"]
 
 

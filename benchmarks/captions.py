@@ -2,8 +2,8 @@
 
     python -m benchmarks.captions
 
-The file is synthetic: 31,783 photos with five captions each, words drawn from a Zipf law over 20,000
-made-up ones, lengths up to 82 words as in the original.
+The file is synthetic: 31,783 photos with five captions each, words drawn from a Zipf law over
+20,000 made-up ones, lengths up to 82 words as in the original.
 """
 
 from __future__ import annotations

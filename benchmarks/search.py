@@ -85,14 +85,15 @@ def cold_and_build(folder: Path) -> None:
 
     (built,) = interleaved([lambda: update_index(
         Path(tempfile.mkdtemp(dir=folder)), folder / "photos", "x", model)], 1)
-    print(f"\nindex build, 256 JPEGs of 500x375 at 224 pixels: {256 / built[0]:.1f} photos a second")
+    print("\nindex build, 256 JPEGs of 500x375 at 224 pixels: "
+          f"{256 / built[0]:.1f} photos a second")
     print(f"python search.py, start to answer, index there: {spread(seconds(run), 1, 's')}; "
           "of which import torch alone "
           + spread(seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"])), 1, "s"))
 
 
 def growth(folder: Path) -> None:
-    """A warm query, and 100 at a time, over memory-mapped matrices of growing size, beside FAISS."""
+    """A warm query, and 100 at a time, over memory-mapped matrices, beside FAISS."""
     model, tokenizer = make_model(64)
     query = embed_queries(model, tokenizer, [TEXT])[0]
     hundred = torch.from_numpy(unit_rows(100, seed=1))

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.demo import draw_demo
 from src.errors import UserError
 
 
@@ -90,6 +91,19 @@ def resolve_data(args: argparse.Namespace) -> Data:
         annotations=args.annotations or data / "annotations" / "annotations.csv",
         cache=getattr(args, "cache_dir", None) or images.parent,
     )
+
+
+def prepare_demo(args: argparse.Namespace, data: Data) -> None:
+    """With --demo, draw the demo's world where the data are looked for, if it is not there yet.
+
+    Raises:
+        UserError: --images or --annotations say that the data are elsewhere.
+    """
+    if args.demo and (args.images or args.annotations):
+        raise UserError("--demo brings its own photos and captions: leave out --images and "
+                        "--annotations, or leave out --demo")
+    if args.demo:
+        draw_demo(data.images.parent)
 
 
 def prepare_results(folder: Path) -> None:

@@ -7,6 +7,7 @@ Picture i is a function of (seed, i) alone, so a larger world begins with the sm
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from src.pixels import write_image
 
 VERSION = 1  # raise it when the same seed would draw another world
 SIDE = 128  # pixels
-Y, X = np.mgrid[:SIDE, :SIDE] + 0.5 - SIDE / 2  # (SIDE, SIDE) pixels below, right of the middle
+# (SIDE, SIDE) float32 each: pixels below and right of the middle.
+Y, X = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5 - SIDE / 2
 
 # Hues far apart for the shapes, hardly any hue for the grounds: a colour word tells which it means.
 COLOURS = {
@@ -143,12 +145,12 @@ def _noun(scene: Scene, k: int, rng: np.random.Generator) -> str:
 
 def _star(x: np.ndarray, y: np.ndarray, points: int, notch: float) -> np.ndarray:
     """Signed distance to a star with tips at radius 1, one straight up, and notches at `notch`."""
-    sector = np.pi / points
+    sector = math.pi / points
     angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
     radius = np.hypot(x, y)
     # All sectors are folded onto one, whose outline is a single segment from tip to notch.
     u, v = radius * np.cos(angle) - 1, radius * np.sin(angle)
-    edge_u, edge_v = notch * np.cos(sector) - 1, notch * np.sin(sector)
+    edge_u, edge_v = notch * math.cos(sector) - 1, notch * math.sin(sector)
     along = np.clip((u * edge_u + v * edge_v) / (edge_u**2 + edge_v**2), 0, 1)
     inside = np.sign(edge_u * v - edge_v * u)
     return -inside * np.hypot(u - along * edge_u, v - along * edge_v)
@@ -156,7 +158,7 @@ def _star(x: np.ndarray, y: np.ndarray, points: int, notch: float) -> np.ndarray
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: int) -> np.ndarray:
     """Signed distance to a regular polygon: a star whose notches lie on its straight sides."""
-    return _star(x, y, corners, np.cos(np.pi / corners))
+    return _star(x, y, corners, math.cos(math.pi / corners))
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -178,14 +180,14 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The picture of a scene: (SIDE, SIDE, 3) uint8; positions, tilts and tints are by chance."""
-    angle = rng.uniform(0, 2 * np.pi)
-    light = 1 + 0.06 * (np.cos(angle) * X + np.sin(angle) * Y) / (SIDE / 2)
-    tint = np.array(GROUNDS[scene.ground]) + rng.uniform(-3, 3, 3)
+    angle = rng.uniform(0, 2 * math.pi)
+    light = 1 + 0.06 * (math.cos(angle) * X + math.sin(angle) * Y) / (SIDE / 2)
+    tint = np.float32(GROUNDS[scene.ground] + rng.uniform(-3, 3, 3))
     picture = light[..., None] * tint  # (SIDE, SIDE, 3)
     radii = [rng.uniform(*RADII[size]) for size in scene.sizes]
-    for i, (x, y) in enumerate(_places(scene, rng)):
+    for i, (x, y) in enumerate(_places(scene, rng).tolist()):
         kind = i % len(scene.shapes)
-        colour = np.array(COLOURS[scene.colours[kind]]) + rng.uniform(-9, 9, 3)
+        colour = np.float32(COLOURS[scene.colours[kind]] + rng.uniform(-9, 9, 3))
         _stamp(picture, SHAPES[scene.shapes[kind]], colour, x, y, radii[kind],
                rng.uniform(-0.2, 0.2))
     return (picture + 0.5).clip(0, 255).astype(np.uint8)
@@ -198,8 +200,8 @@ def _places(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     elif scene.layout == "group":
         # On a circle just wide enough for large neighbours; four fit no other way than square.
         reach, turn = {2: (29, 3.1), 3: (33, 3.1), 4: (41, 0.1)}[scene.count]
-        angles = np.linspace(0, 2 * np.pi, scene.count, endpoint=False) + rng.uniform(-turn, turn)
-        angles += np.pi / 4
+        angles = np.linspace(0, 2 * math.pi, scene.count, endpoint=False) + rng.uniform(-turn, turn)
+        angles += math.pi / 4
         places = reach * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     else:
         aside = rng.uniform(-9, 9, 2)
@@ -216,7 +218,7 @@ def _stamp(picture: np.ndarray, shape: Callable, colour: np.ndarray, x: float, y
     window = tuple(slice(max(0, int(c + SIDE / 2 - reach)), int(c + SIDE / 2 + reach))
                    for c in (y, x))
     dx, dy = X[window] - x, Y[window] - y
-    cos, sin = np.cos(tilt) / radius, np.sin(tilt) / radius
+    cos, sin = math.cos(tilt) / radius, math.sin(tilt) / radius
 
     def distance(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
         return radius * shape(dx * cos + dy * sin, dy * cos - dx * sin)  # pixels

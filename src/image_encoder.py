@@ -6,6 +6,7 @@ as implemented and published by the package efficientnet_pytorch.
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -68,7 +69,7 @@ class ImageEncoder(nn.Module):
         if weights == "none":
             return
         state = _download(self.name) if weights == "imagenet" else load_tensors(Path(weights))
-        state = {key: value for key, value in state.items() if not key.startswith("_fc.")}
+        state = {key: value for key, value in state.items() if not str(key).startswith("_fc.")}
         own = self.backbone.state_dict()
         shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
         wrong = [key for key in own.keys() | shapes.keys()
@@ -76,7 +77,8 @@ class ImageEncoder(nn.Module):
         if wrong:
             raise UserError(
                 f"{weights} does not hold the weights of {self.name}: {len(wrong)} of {len(own)} "
-                f"tensors differ, {min(wrong)} among them; choose the fitting --image-encoder"
+                f"tensors differ, {min(map(str, wrong))} among them; choose the fitting "
+                "--image-encoder"
             )
         self.backbone.load_state_dict(state)
 
@@ -86,11 +88,13 @@ def _download(name: str) -> dict[str, torch.Tensor]:
     url = url_map[name]
     file = url.rsplit("/", 1)[1]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if (cache / file).exists():
+        return load_tensors(cache / file)
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (URLError, OSError, RuntimeError, EOFError) as error:
+    except (URLError, HTTPException, OSError, RuntimeError, EOFError) as error:
         raise UserError(
             f"the ImageNet weights of {name} could not be downloaded ({error}).\n"
             f"Fetch {url} elsewhere and put it into {cache} as {file},\n"

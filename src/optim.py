@@ -23,9 +23,14 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, schedule: str
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, schedule: str,
+    done_steps: int = 0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `warmup_steps`, then 'constant', or 'cosine' to zero at `total_steps`."""
+    """Linear warm-up over `warmup_steps`, then 'constant', or 'cosine' to zero at `total_steps`.
+
+    A function of the optimiser's own rate and the step: a run that goes on after `done_steps`
+    needs no saved state, and takes a new --lr at its word.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -35,4 +40,6 @@ def build_schedule(
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # LambdaLR asks for it where it does not start at 0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done_steps - 1)

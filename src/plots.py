@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ BLUE, ORANGE, GREEN = "#2f6fde", "#e8743b", "#2a9d62"
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
+    with warnings.catch_warnings():  # a query in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from|Matplotlib currently does not"
+                                " support .* natively", UserWarning)
+        figure.savefig(buffer, format="png", dpi=130, facecolor="white")
     write_atomic(path, buffer.getvalue())
 
 
@@ -80,14 +84,20 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
         for place, (picture, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
             cell = axes[place + 1]
             cell.imshow(picture)
-            cell.set_xlabel(label, fontsize=7.5, color=MUTED, parse_math=False)
+            cell.set_xlabel(_drawable(label), fontsize=7.5, color=MUTED, parse_math=False)
             if place == row.right:
                 cell.spines[:].set(visible=True, color=GREEN, linewidth=4)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
+        figure.suptitle(_drawable(title), x=0.01, ha="left", color=INK, fontsize=12,
+                        parse_math=False)
     _save(figure, path)
 
 
 def _wrapped(text: str, width: int = 26, lines: int = 6) -> str:
     """Break a query into lines that fit its cell."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+    return "\n".join(textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …"))
+
+
+def _drawable(text: str) -> str:
+    """The text without what matplotlib refuses: bytes of a file name that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()

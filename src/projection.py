@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -21,5 +20,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) features -> (B, D) float32 embeddings of length 1 (0 for features of zeros)."""
-        embeddings = self.linear(self.dropout(features))
-        return F.normalize(embeddings.float(), dim=-1)
+        embeddings = self.linear(self.dropout(features)).float()
+        length = embeddings.norm(dim=-1, keepdim=True)  # (B, 1)
+        # Not F.normalize: its gradient at zeros (a caption of no known word) is 1e12, and its
+        # smallest length, 1e-12, is more than a deep tower's features have before any training.
+        return embeddings / length.masked_fill(length == 0, 1)

@@ -20,8 +20,8 @@ def pick_device(name: str) -> torch.device:
                 else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # 'meta' has no numbers, others no module at all
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} is not available here; try auto or cpu") from error
     return device
 

@@ -1,0 +1,302 @@
+"""An index and a vocabulary -> a folder that searches by itself in a browser, without a server.
+
+Encoding a text is a mean of word vectors, so a browser can do it. The folder opens from disk and
+works on any static host:
+
+    index.html, style.css, search.js, icon.svg
+    data/words.js         the vocabulary and its vectors, int8 with one float32 scale a word
+    data/photos-000.js …  names, captions and embeddings of the photos, in the same form
+    t/, f/                thumbnails and full-size pictures, called by their content's digest
+
+Data travels inside scripts, in base64: a page opened from disk may load scripts, but not fetch.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from src.errors import UserError
+from src.files import write_atomic
+from src.pixels import load_image, write_image
+from src.tokenizer import split_words
+
+ASSETS = Path(__file__).with_name("page_assets")
+THUMBNAIL, FULL_SIZE = 256, 1024  # longest side in pixels
+PHOTOS_PER_FILE = 4096  # some 3 MB with five captions each: the page searches what has arrived
+PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the full size to lay the page out
+
+
+def write_page(
+    folder: Path,
+    *,
+    words: list[str],
+    word_embeddings: np.ndarray,
+    context_length: int,
+    names: list[str],
+    image_embeddings: np.ndarray,
+    captions: list[list[str]],
+    photos: list[Path],
+    title: str = "Photo search",
+    progress: bool = True,
+) -> dict:
+    """Write the page of N photos into `folder`: a new or empty one, or one with an earlier page.
+
+    Pictures that an earlier or an interrupted call left there are not made again; those of photos
+    that are gone are removed.
+
+    Args:
+        words: the vocabulary in id order, <pad> and <unk> first.
+        word_embeddings: (V, D) float32. A text's embedding is the mean of its words' rows, of the
+            first `context_length`, at unit length; unknown words take row 1.
+        names: what the photos are called on the page, the only trace of their paths in it.
+        image_embeddings: (N, D) float32 unit rows.
+        captions: shown with each photo; a photo may have none.
+        photos: where to read the N pictures.
+
+    Returns:
+        photos, words: how many the page holds; skipped: (name, reason) of each photo it does not;
+        photo_vector_bytes, word_vector_bytes: of all vectors before base64; data_bytes: of the
+        files in data/; pictures_made: how many pictures were not there yet.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+        ValueError: the arguments do not fit each other.
+    """
+    n_photos, dim = image_embeddings.shape  # N, D
+    if not len(names) == len(captions) == len(photos) == n_photos:
+        raise ValueError(f"{n_photos} embeddings, {len(names)} names, {len(captions)} lists of "
+                         f"captions and {len(photos)} photos")
+    if word_embeddings.shape != (len(words), dim) or words[:2] != ["<pad>", "<unk>"]:
+        raise ValueError(f"{len(words)} words from {words[:2]}, word vectors "
+                         f"{word_embeddings.shape}, photos' vectors {image_embeddings.shape}")
+    _check_folder(folder)
+    assets = {name: (ASSETS / name).read_bytes() for name in ("search.js", "style.css", "icon.svg")}
+    for name, content in assets.items():
+        write_atomic(folder / name, content)
+    pictures, reasons, made = _write_pictures(folder, photos, progress)
+    kept = [i for i in range(n_photos) if not reasons[i]]
+
+    sources, data_bytes = [], 0
+    vocabulary = {
+        "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
+        "examples": example_queries(words, [captions[i] for i in kept]),
+        **_quantised(word_embeddings),
+    }
+    parts = ({
+        "names": [_well_formed(names[i]) for i in part],
+        "captions": [captions[i] for i in part],
+        "pictures": [pictures[i] for i in part],
+        **_quantised(image_embeddings[part]),
+    } for part in _blocks(kept))
+    for name, script in _scripts(vocabulary, parts):
+        write_atomic(folder / "data" / name, script)
+        sources.append(f"data/{name}{_version(script)}")
+        data_bytes += len(script)
+    # Last: it names the files that belong together, by the digests of what is in them.
+    write_atomic(folder / "index.html", _index(title, assets, sources))
+    _remove_stale(folder, len(sources) - 1, {pictures[i] for i in kept})
+    return {
+        "photos": len(kept), "words": len(words),
+        "skipped": [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason],
+        "photo_vector_bytes": len(kept) * (dim + 4), "word_vector_bytes": len(words) * (dim + 4),
+        "data_bytes": data_bytes, "pictures_made": made,
+    }
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier page: its index.html would be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder for the page")
+    script = folder / "search.js"
+    first_line = (ASSETS / "search.js").read_bytes().split(b"\n")[0]
+    earlier = script.is_file() and script.read_bytes().split(b"\n")[0] == first_line
+    if folder.is_dir() and any(folder.iterdir()) and not earlier:
+        raise UserError(f"{folder} is not empty and holds no earlier page: name a new folder")
+
+
+def _write_pictures(
+    folder: Path, photos: list[Path], progress: bool
+) -> tuple[list[str], list[str], int]:
+    """Each photo's picture name, and why it has none ('' for the other); how many were made."""
+    done = {path.stem[:20]: path.stem for path in (folder / "f").glob("*.jpg")
+            if PICTURE.fullmatch(path.stem) and (folder / "t" / path.name).exists()}
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
+    shown = partial(tqdm, unit="photo", disable=None if progress else True)
+    try:
+        digests = list(shown(pool.map(_digest, photos), desc="reading", total=len(photos)))
+        # By content: no picture is made twice, and no two threads write one file.
+        new = {digest: photo for (digest, _), photo in zip(digests, photos, strict=True)
+               if digest and digest not in done}
+        made = dict(zip(new, shown(pool.map(partial(_write_picture, folder), new, new.values()),
+                                   desc="pictures", total=len(new)), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for all that is left
+    outcomes = [made.get(digest) or (done.get(digest, ""), reason) for digest, reason in digests]
+    return ([picture for picture, _ in outcomes], [reason for _, reason in outcomes],
+            sum(1 for picture, _ in made.values() if picture))
+
+
+def _digest(photo: Path) -> tuple[str, str]:
+    """A photo's content as 20 hexadecimal digits, or why it cannot be read; '' for the other."""
+    digest = hashlib.blake2b(f"{THUMBNAIL} {FULL_SIZE}".encode(), digest_size=10)
+    try:
+        if not photo.is_file():
+            return "", "no such file"
+        with open(photo, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except (OSError, ValueError) as error:
+        return "", getattr(error, "strerror", None) or str(error)
+    return digest.hexdigest(), ""
+
+
+def _write_picture(folder: Path, digest: str, photo: Path) -> tuple[str, str]:
+    """Write both sizes of one photo: their name, or why it cannot be read; '' for the other."""
+    try:
+        image = load_image(photo, longest=FULL_SIZE)
+    except (OSError, ValueError) as error:
+        return "", str(error)
+    image.info = {}  # a JPEG's comment would be written too; the page is for showing around
+    thumbnail = image.copy()
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    name = f"{digest}_{image.width}x{image.height}"
+    write_image(folder / "t" / f"{name}.jpg", thumbnail)
+    write_image(folder / "f" / f"{name}.jpg", image)  # second: where it is, the first is too
+    return name, ""
+
+
+def _quantised(rows: np.ndarray) -> dict[str, str]:
+    """(n, D) float32 -> int8 codes and a float32 scale for each row, both in base64.
+
+    A quarter of the bytes: cosines move by 0.001 or so, which costs a rank where two photos were
+    that close, and no recall that could be measured.
+    """
+    if not np.isfinite(rows).all():
+        raise ValueError("embeddings that are not finite numbers")
+    scales = np.abs(rows).max(axis=1, initial=0).astype("<f4") / np.float32(127)  # (n,)
+    codes = np.rint(rows / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)  # (n, D)
+    return {"codes": base64.b64encode(codes.tobytes()).decode(),
+            "scales": base64.b64encode(scales.tobytes()).decode()}
+
+
+def example_queries(words: list[str], captions: list[list[str]], count: int = 6) -> list[str]:
+    """Queries to begin with: short captions of frequent words, from all over the photos.
+
+    Without captions, some of those words.
+    """
+    known = set(words[2:1000])
+    firsts = (min(of_photo, key=len) for of_photo in captions if of_photo)
+    short = {" ".join(split) for split in map(split_words, firsts)
+             if 3 <= len(split) <= 7 and known.issuperset(split)}
+    pool = sorted(short, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return pool[:count] or [word for word in words[2:80] if len(word) > 3][:count]
+
+
+def _well_formed(name: str) -> str:
+    """A file name without the stand-ins for bytes that are no text; an address cannot hold them."""
+    return name.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _blocks(rows: list[int]) -> Iterator[list[int]]:
+    return (rows[start:start + PHOTOS_PER_FILE] for start in range(0, len(rows), PHOTOS_PER_FILE))
+
+
+def _scripts(vocabulary: dict, parts: Iterator[dict]) -> Iterator[tuple[str, bytes]]:
+    """The data files: (name, content)."""
+    def call(function: str, data: dict) -> bytes:
+        # ASCII, and no <: nothing in a caption can end a string, a line or a script early.
+        text = json.dumps(data).replace("<", "\\u003c")
+        return f"{function}({text});\n".encode("ascii")
+
+    yield "words.js", call("addWords", vocabulary)
+    for i, part in enumerate(parts):
+        yield f"photos-{i:03}.js", call("addPhotos", part)
+
+
+def _version(content: bytes) -> str:
+    """What follows a file's address, so that a browser's cache cannot mix two pages."""
+    return f"?v={hashlib.blake2b(content, digest_size=6).hexdigest()}"
+
+
+def _index(title: str, assets: dict[str, bytes], sources: list[str]) -> bytes:
+    """index.html with its title and the addresses of its parts."""
+    parts = {
+        "title": html.escape(title),
+        "style": f"style.css{_version(assets['style.css'])}",
+        "script": f"search.js{_version(assets['search.js'])}",
+        "data": "\n".join(f'<script defer src="{source}"></script>' for source in sources),
+    }
+    page = (ASSETS / "index.html").read_text(encoding="utf-8")
+    return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], page).encode("utf-8", "replace")
+
+
+def _remove_stale(folder: Path, n_parts: int, pictures: set[str]) -> None:
+    """Remove what an earlier page left: parts beyond the last, pictures of photos now gone."""
+    for path in (folder / "data").glob("photos-*.js"):
+        number = path.stem.removeprefix("photos-")
+        if number.isdecimal() and int(number) >= n_parts:
+            path.unlink()
+    for size in ("t", "f"):
+        for path in (folder / size).glob("*"):
+            if PICTURE.match(path.name.lstrip(".")) and path.stem not in pictures:
+                path.unlink()
+
+
+class _PageHandler(SimpleHTTPRequestHandler):
+    """Serves the files of one folder, and nothing that a link in it points to outside."""
+
+    def send_head(self):  # noqa: ANN201 (as the class it overrides)
+        path = Path(self.translate_path(self.path))
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        inside = path.resolve().is_relative_to(Path(self.directory).resolve())
+        # A foreign site could call itself 127.0.0.1 and read the photos: DNS rebinding.
+        if host not in ("127.0.0.1", "localhost") or not inside:
+            self.send_error(403)
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: str) -> None:
+        self.send_error(404)
+
+    def end_headers(self) -> None:
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-cache")
+        super().end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing: a page of 96 photos would be 96 lines."""
+
+
+def serve_page(folder: Path, port: int = 8000) -> None:
+    """Serve a written page on 127.0.0.1 until Ctrl-C. Port 0 takes any free one.
+
+    Raises:
+        UserError: no page there, or the port cannot be had.
+    """
+    if not (folder / "index.html").is_file():
+        raise UserError(f"there is no page in {folder}: write one first")
+    try:
+        server = ThreadingHTTPServer(
+            ("127.0.0.1", port), partial(_PageHandler, directory=str(folder)))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot serve on port {port} ({reason}): choose another one") from error
+    with server:
+        print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()

@@ -1,0 +1,39 @@
+"""Tiny data that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(2)
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+@pytest.fixture()
+def tiny_data(tmp_path: Path) -> tuple[Path, Path]:
+    """12 photos of 20x24 pixels, JPEG and PNG, with five captions each: (images, annotations)."""
+    return make_tiny_data(tmp_path / "data")
+
+
+def make_tiny_data(folder: Path, n_photos: int = 12) -> tuple[Path, Path]:
+    """Write photos of noise around a colour, and a results.csv: (images, annotations)."""
+    images, annotations = folder / "images", folder / "annotations" / "annotations.csv"
+    images.mkdir(parents=True)
+    annotations.parent.mkdir(parents=True)
+    lines = ["image_name| comment_number| comment"]
+    for i in range(n_photos):
+        rng = np.random.default_rng(i)
+        name = f"{1000 + i}.{'jpg' if i % 2 else 'png'}"
+        pixels = rng.integers(0, 256, 3) + rng.integers(-30, 30, (20, 24, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(images / name)
+        colour, other = COLOURS[i % 6], COLOURS[(i // 6 + i + 1) % 6]
+        for number in range(5):
+            caption = f"A {colour} thing number {number} near {other} things ."
+            lines.append(f"{name}| {number}| {caption}")
+    annotations.write_text("\n".join(lines) + "\n")
+    return images, annotations
