@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.annotations import read_annotations, split_by_image
+from src.annotations import read_annotations
+from src.splits import split_by_image
 from src.tokenizer import Tokenizer
 
 N_PHOTOS = 31_783

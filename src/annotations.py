@@ -7,7 +7,6 @@ are listed too.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -86,6 +85,8 @@ def read_annotations(path: Path) -> Annotations:
     except OSError as error:
         raise UserError(f"cannot read the caption file {path}: {error.strerror}") from error
     text = content.decode("utf-8-sig", errors="replace")
+    # Not str.splitlines later on: it would also cut at characters that stand inside captions.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"the caption file {path} is empty")
     collector = _Collector()
@@ -161,7 +162,7 @@ def _detect_format(text: str) -> str:
     start = text.lstrip()
     if start[0] in "{[":
         return "dataset_flickr30k.json"
-    lines = [line for line in _lines(text[:100_000]) if line.strip()][:50]
+    lines = [line for line in text[:100_000].split("\n") if line.strip()][:50]
     header = {column.strip().strip('"') for column in lines[0].split(",")}
     if {"raw", "filename"} <= header:
         return "flickr_annotations_30k.csv"
@@ -179,11 +180,6 @@ def _detect_format(text: str) -> str:
     return votes.most_common(1)[0][0] if votes else ""
 
 
-def _lines(text: str) -> list[str]:
-    """Split at LF, CRLF or CR alone; str.splitlines would also cut inside captions."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
 def _read_lines(text: str, layout: str, collector: _Collector) -> None:
     """The three formats with one caption a line."""
     header, row = {
@@ -192,7 +188,7 @@ def _read_lines(text: str, layout: str, collector: _Collector) -> None:
         "captions.txt": (COMMA_HEADER, COMMA_ROW),
     }[layout]
     header_may_come = header is not None
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         if header_may_come and header.fullmatch(line):
@@ -281,42 +277,3 @@ def _add_photo(collector: _Collector, where: str, name: object, captions: object
             collector.add(where, name, caption, split)
         else:
             collector.reject(where, name, "a caption that is not text", str(caption))
-
-
-def _hash_order(records: list[ImageRecord], key: str) -> list[ImageRecord]:
-    """Records shuffled as a pure function of `key` and their names, whatever order they came in."""
-    return sorted(records, key=lambda record: hashlib.sha256(
-        f"{key}:{record.name}".encode("utf-8", "surrogatepass")).digest())
-
-
-def split_by_image(
-    records: list[ImageRecord], val_fraction: float, seed: int
-) -> dict[str, list[ImageRecord]]:
-    """Train, val and test records; every photo, with all its captions, lies in exactly one.
-
-    The file's own split where it has one, and a photo without one trains. Otherwise `val_fraction`
-    of the photos (at least one, where there are two) validate, chosen by a hash of seed and name.
-    """
-    splits: dict[str, list[ImageRecord]] = {"train": [], "val": [], "test": []}
-    if any(record.split for record in records):
-        for record in records:
-            splits[record.split or "train"].append(record)
-        return splits
-    n_val = min(max(1, round(len(records) * val_fraction)), len(records) - 1)
-    chosen = {record.name for record in _hash_order(records, f"split {seed}")[: max(0, n_val)]}
-    for record in records:
-        splits["val" if record.name in chosen else "train"].append(record)
-    return splits
-
-
-def limit_images(
-    splits: dict[str, list[ImageRecord]], max_images: int, seed: int
-) -> dict[str, list[ImageRecord]]:
-    """At most `max_images` photos in all, each split keeping its share and at least one photo."""
-    total = sum(len(records) for records in splits.values())
-    limited = {}
-    for split, records in splits.items():
-        count = max(1, round(max_images * len(records) / max(1, total)))
-        chosen = {record.name for record in _hash_order(records, f"limit {seed}")[:count]}
-        limited[split] = [record for record in records if record.name in chosen]
-    return limited

@@ -48,6 +48,8 @@ def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]
         model = DualEncoder(ModelConfig(**content["config"]))
         model.load_state_dict(content["model_state"])
         tokenizer = Tokenizer(content["vocab"], model.config.context_length)
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} words for {model.config.vocab_size} embeddings")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
     return model.eval(), tokenizer, content

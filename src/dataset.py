@@ -10,16 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.annotations import (
-    Annotations,
-    ImageRecord,
-    Remark,
-    limit_images,
-    read_annotations,
-    split_by_image,
-)
+from src.annotations import Annotations, ImageRecord, Remark, read_annotations
 from src.errors import UserError
 from src.pixels import PixelStore
+from src.splits import limit_images, split_by_image
 from src.tokenizer import Tokenizer
 
 

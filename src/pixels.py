@@ -26,6 +26,7 @@ from src.files import exclusive_lock, sync_folder, write_atomic
 
 MAX_PIXELS = 178_956_970  # decoded; Pillow's own limit against decompression bombs, 0.5 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
+CHUNK = 512  # photos between two journal writes: what an interruption may cost
 # Whatever a broken photo makes Pillow raise; struct.error and friends are ValueError's neighbours.
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError,
               EOFError, AttributeError, MemoryError, ZeroDivisionError)
@@ -226,7 +227,7 @@ def _decode_into(
             if journal.stat().st_size:
                 log.write("\n")  # the last line may be half written
             names = iter(rows)
-            while chunk := list(islice(names, 512)):
+            while chunk := list(islice(names, CHUNK)):
                 done = list(_map_with_progress(pool, decode, chunk, bar))
                 os.fsync(descriptor)  # pixels first, then the lines that vouch for them
                 for name, error in done:

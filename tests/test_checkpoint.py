@@ -34,15 +34,17 @@ def model(tokenizer) -> DualEncoder:
                                     token_dim=10, embed_dim=7, dropout=0.3))
     with torch.no_grad():
         for _ in range(30):
-            model.image_encoder(torch.randn(8, 3, 48, 48))
+            model.image_encoder(torch.randn(8, 3, 48, 48) + torch.randn(8, 3, 1, 1))
         model.logit_scale.fill_(3.25)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """A batch of normalised photos."""
-    return torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    """A batch of normalised photos, noise around a colour each."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 3, 48, 48, generator=generator)
+    return noise + torch.randn(4, 3, 1, 1, generator=generator)
 
 
 @pytest.fixture

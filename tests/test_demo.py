@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from src import demo
-from src.annotations import ImageRecord, read_annotations, split_by_image
+from src.annotations import ImageRecord, read_annotations
 from src.errors import UserError
+from src.splits import split_by_image
 
 # Where each colour's name ends on the circle of hues, in degrees.
 HUES = {"red": 15, "orange": 39, "yellow": 70, "green": 155, "turquoise": 199, "blue": 245,

@@ -22,12 +22,13 @@ COUNTS = (3, 1, 5, 2, 4, 1, 2)  # captions of each photo
 
 @pytest.fixture(scope="module")
 def dataset() -> Flickr30kDataset:
-    """Seven photos of noise with an uneven number of captions; the store holds others too."""
+    """Seven photos with an uneven number of captions, noise around a colour; others beside them."""
     rng = np.random.default_rng(0)
     words = ["dog", "man", "sea", "red", "two", "girl", "ball", "snow"]
     records = [ImageRecord(f"{i}.jpg", tuple(" ".join(rng.choice(words, 4)) for _ in range(count)))
                for i, count in enumerate(COUNTS)]
-    pixels = rng.integers(0, 256, (20, 34, 34, 3), np.uint8)
+    colors, noise = rng.integers(0, 256, (20, 1, 1, 3)), rng.integers(-60, 60, (20, 34, 34, 3))
+    pixels = (colors + noise).clip(0, 255).astype(np.uint8)
     rows = {record.name: row for record, row in zip(records, rng.permutation(20), strict=False)}
     return Flickr30kDataset(records, PixelStore(pixels, rows, {}), Tokenizer.from_captions(
         [caption for record in records for caption in record.captions], 1, 6))
@@ -40,7 +41,7 @@ def model() -> DualEncoder:
     model = DualEncoder(ModelConfig(vocab_size=10, image_size=32, token_dim=12, embed_dim=8))
     with torch.no_grad():  # statistics of these photos' kind, as after training
         for _ in range(30):
-            model.image_encoder(torch.randn(8, 3, 32, 32))
+            model.image_encoder(torch.randn(8, 3, 32, 32) + torch.randn(8, 3, 1, 1))
     return model.train()
 
 

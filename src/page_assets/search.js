@@ -16,10 +16,11 @@ const UNKNOWN = 1; // id of <unk>
 let dim = 0;
 let contextLength = 0;
 let examples = [];
-const vocabulary = { words: [], ids: new Map(), vectors: new Float32Array(0) };
+// Rows of vectors: int8 codes (rows, dim) and for each row the scale that makes floats of them.
+const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
 const photos = {
   total: 0, count: 0, // all, and those that have arrived
-  names: [], captions: [], pictures: [], vectors: new Float32Array(0),
+  names: [], captions: [], pictures: [], codes: null, scales: null,
 };
 
 function bytesOf(base64) {
@@ -30,36 +31,32 @@ function bytesOf(base64) {
   return bytes;
 }
 
-// Rows travel as int8 with one scale each; as floats they are scored faster.
-function dequantise(data, matrix, row) {
-  const codes = new Int8Array(bytesOf(data.codes).buffer);
-  const scales = new Float32Array(bytesOf(data.scales).buffer);
-  for (let i = 0; i < codes.length; i++) {
-    matrix[row * dim + i] = codes[i] * scales[Math.floor(i / dim)];
-  }
-}
+const codesOf = (data) => new Int8Array(bytesOf(data.codes).buffer);
+const scalesOf = (data) => new Float32Array(bytesOf(data.scales).buffer);
 
 function addWords(data) {
   ({ dim, contextLength, examples } = data);
   vocabulary.words = data.words;
   data.words.forEach((word, id) => id > UNKNOWN && vocabulary.ids.set(word, id));
-  vocabulary.vectors = new Float32Array(data.words.length * dim);
-  dequantise(data, vocabulary.vectors, 0);
+  vocabulary.codes = codesOf(data);
+  vocabulary.scales = scalesOf(data);
   photos.total = data.photos;
-  photos.vectors = new Float32Array(Math.ceil(data.photos / 4) * 4 * dim); // see bestPhotos
+  photos.codes = new Int8Array(Math.ceil(data.photos / 4) * 4 * dim); // see bestPhotos
+  photos.scales = new Float32Array(data.photos);
   schedule();
 }
 
 function addPhotos(data) {
-  dequantise(data, photos.vectors, photos.count);
+  const first = photos.count;
+  photos.codes.set(codesOf(data), first * dim);
+  photos.scales.set(scalesOf(data), first);
   for (let i = 0; i < data.names.length; i++) {
     photos.names.push(data.names[i]);
     photos.captions.push(data.captions[i]);
     photos.pictures.push(data.pictures[i]);
   }
-  const first = photos.count === 0;
   photos.count = photos.names.length;
-  if (first) photosLike(0); // slow until the browser has compiled it; not to be a query's fate
+  if (!first) photosLike(0); // slow until the browser has compiled it; not to be a query's fate
   schedule();
 }
 
@@ -74,57 +71,73 @@ function encode(text) {
   const all = splitWords(text);
   const words = all.slice(0, contextLength);
   const ids = words.map((word) => vocabulary.ids.get(word) ?? UNKNOWN);
-  const vector = new Float32Array(dim);
-  for (const id of ids) {
-    for (let d = 0; d < dim; d++) vector[d] += vocabulary.vectors[id * dim + d];
-  }
-  const length = Math.hypot(...vector) || 1; // of the sum: the mean's number of words cancels out
-  for (let d = 0; d < dim; d++) vector[d] /= length;
+  const vector = new Float64Array(dim);
+  for (const id of ids) addRow(vector, vocabulary, id);
+  const length = normalise(vector); // of the sum: the mean's number of words cancels out
   return { words, ids, vector, length, leftOut: all.length - words.length };
+}
+
+function addRow(vector, { codes, scales }, row) {
+  for (let d = 0; d < dim; d++) vector[d] += codes[row * dim + d] * scales[row];
+}
+
+function normalise(vector) {
+  const length = Math.hypot(...vector) || 1;
+  for (let d = 0; d < dim; d++) vector[d] /= length;
+  return length;
 }
 
 // What each word adds to a photo's score: the score is their sum, exactly.
 function sharesOf(query, photo) {
-  const { vectors } = vocabulary;
   return query.ids.map((id) => {
     let dot = 0;
-    for (let d = 0; d < dim; d++) dot += vectors[id * dim + d] * photos.vectors[photo * dim + d];
-    return dot / query.length;
+    for (let d = 0; d < dim; d++) dot += vocabulary.codes[id * dim + d] * photos.codes[photo * dim + d];
+    return (dot * vocabulary.scales[id] * photos.scales[photo]) / query.length;
   });
 }
 
 // The k best of the photos that have arrived: [{photo, score}], best first, ties in their order.
-// Four rows at a time is a third faster than one; the matrix is padded to that.
+//
+// In whole numbers, four photos at a time: half the time of floats, and a quarter of their memory.
+// The vector, of length 1, gets as many steps as 32 bits hold whatever the photo: no sum is larger
+// than the product of the lengths, and codes are no longer than 127 * sqrt(dim). That is a million
+// steps, so a score is off by a millionth at most, where rounding photos to int8 costs a thousandth.
 function bestPhotos(vector, k) {
-  const { count, vectors } = photos;
+  const { count, codes, scales } = photos;
+  const steps = 2 ** 31 / (127 * Math.sqrt(dim)) - dim;
+  const q = Int32Array.from(vector, (x) => Math.round(x * steps));
   const best = [];
-  const offer = (photo, score) => {
-    if (photo >= count || (best.length === k && score <= best[k - 1].score)) return;
+  const offer = (photo, sum) => {
+    if (photo >= count) return; // the codes are padded to a multiple of four rows
+    const score = (sum * scales[photo]) / steps;
+    if (best.length === k && score <= best[k - 1].score) return;
     if (best.length === k) best.pop();
     let at = best.length;
     while (at > 0 && best[at - 1].score < score) at--;
     best.splice(at, 0, { photo, score });
   };
   for (let photo = 0; photo < count; photo += 4) {
-    const i = photo * dim, j = i + dim, k = j + dim, l = k + dim;
-    let first = 0, second = 0, third = 0, fourth = 0;
-    for (let d = 0; d < dim; d++) {
-      const x = vector[d];
-      first += vectors[i + d] * x;
-      second += vectors[j + d] * x;
-      third += vectors[k + d] * x;
-      fourth += vectors[l + d] * x;
+    const a = photo * dim, b = a + dim, c = b + dim, d = c + dim;
+    let sumA = 0, sumB = 0, sumC = 0, sumD = 0;
+    for (let i = 0; i < dim; i++) {
+      const x = q[i];
+      sumA = (sumA + Math.imul(codes[a + i], x)) | 0;
+      sumB = (sumB + Math.imul(codes[b + i], x)) | 0;
+      sumC = (sumC + Math.imul(codes[c + i], x)) | 0;
+      sumD = (sumD + Math.imul(codes[d + i], x)) | 0;
     }
-    offer(photo, first);
-    offer(photo + 1, second);
-    offer(photo + 2, third);
-    offer(photo + 3, fourth);
+    offer(photo, sumA);
+    offer(photo + 1, sumB);
+    offer(photo + 2, sumC);
+    offer(photo + 3, sumD);
   }
   return best;
 }
 
 function photosLike(photo) {
-  const vector = photos.vectors.slice(photo * dim, (photo + 1) * dim);
+  const vector = new Float64Array(dim);
+  addRow(vector, photos, photo);
+  normalise(vector); // rounding has moved it a little from 1
   return bestPhotos(vector, ALIKE + 1).filter((other) => other.photo !== photo).slice(0, ALIKE);
 }
 

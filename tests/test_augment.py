@@ -1,0 +1,64 @@
+"""Views of stored pixels: against a loop over the photos with the same draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from src.augment import IMAGENET_MEAN, IMAGENET_STD, eval_view, train_view
+
+
+def pixels(batch: int = 6, size: int = 11) -> torch.Tensor:
+    """(B, S, S, 3) uint8 noise."""
+    return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8)
+
+
+def normalised(photo: torch.Tensor) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W), one channel at a time."""
+    return torch.stack([(photo[:, :, c] / 255 - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
+                        for c in range(3)])
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("image_size", [8, 11])
+def test_train_view_is_a_crop_and_a_mirror(flip: bool, image_size: int) -> None:
+    """Each photo is some window of itself, mirrored if drawn so, normalised by channel."""
+    stored = pixels()
+    torch.manual_seed(1)
+    top, left = torch.randint(11 - image_size + 1, (2, 6, 1))
+    mirrored = torch.rand(6, 1) < (0.5 if flip else 0)
+    torch.manual_seed(1)
+    view = train_view(stored, image_size, flip)
+    assert view.shape == (6, 3, image_size, image_size) and view.dtype == torch.float32
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    for i in range(6):
+        window = stored[i, top[i]:top[i] + image_size, left[i]:left[i] + image_size]
+        expected = normalised(window.flip(1) if mirrored[i] else window)
+        torch.testing.assert_close(view[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_places_and_both_mirrors_come() -> None:
+    """Over many draws every offset comes, and about half of the photos are mirrored."""
+    stored = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
+    stored[0, :, :, 0] = torch.arange(6)[:, None] * 10
+    stored[0, :, :, 1] = torch.arange(6) * 10
+    torch.manual_seed(0)
+    view = train_view(stored.expand(2000, 6, 6, 3), 4, flip=True)
+    rows = view[:, 0, 0, 0].unique()
+    assert len(rows) == 3
+    share = (view[:, 1, 0, 0] > view[:, 1, 0, 1]).float().mean()
+    assert 0.45 < share < 0.55
+
+
+@pytest.mark.parametrize("image_size", [8, 9, 11])
+def test_eval_view_is_the_centre(image_size: int) -> None:
+    """The middle window, without any draw."""
+    stored = pixels()
+    state = torch.random.get_rng_state()
+    view = eval_view(stored, image_size)
+    assert torch.equal(state, torch.random.get_rng_state())
+    start = (11 - image_size) // 2
+    for i in range(6):
+        window = stored[i, start:start + image_size, start:start + image_size]
+        torch.testing.assert_close(view[i], normalised(window), atol=1e-5, rtol=1e-5)
+    assert view.is_contiguous(memory_format=torch.channels_last)

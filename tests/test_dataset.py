@@ -1,0 +1,160 @@
+"""What lies on the disk, and the batches made of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.annotations import ImageRecord
+from src.dataset import Flickr30kDataset, open_source
+from src.errors import UserError
+from src.pixels import PixelStore
+from src.tokenizer import Tokenizer
+
+
+def dataset(counts: list[int]) -> Flickr30kDataset:
+    """Photos with that many captions each; photo i's pixels are all i, its captions name it."""
+    records = [ImageRecord(f"{i}.jpg", tuple(f"photo{i} caption{j}" for j in range(count)))
+               for i, count in enumerate(counts)]
+    pixels = np.broadcast_to(np.arange(len(counts), dtype=np.uint8)[::-1, None, None, None],
+                             (len(counts), 4, 4, 3)).copy()
+    rows = {record.name: len(counts) - 1 - i for i, record in enumerate(records)}
+    captions = [caption for record in records for caption in record.captions]
+    return Flickr30kDataset(records, PixelStore(pixels, rows, {}),
+                            Tokenizer.from_captions(captions, 1, 4))
+
+
+UNEVEN = [5, 1, 50, 2, 5, 5, 3, 5, 1, 7]
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 2, 5, 60])
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
+@pytest.mark.parametrize("counts", [[5] * 12, UNEVEN, [1, 1], [4]])
+def test_batches_are_full_and_hold_each_photo_once(
+    counts: list[int], batch_size: int, captions_per_image: int
+) -> None:
+    """No caption twice in an epoch, no photo twice in a batch, captions of the right photo, at most
+    captions_per_image of them."""
+    data = dataset(counts)
+    batches = data.epoch(batch_size, captions_per_image, seed=0, epoch=1)
+    assert batches
+    seen: Counter = Counter()
+    for items in batches:
+        photos = [photo for photo, _ in items]
+        assert len(items) == len(set(photos)) == min(batch_size, len(counts))
+        for photo, captions in items:
+            assert 1 <= len(captions) <= captions_per_image
+            assert (data.image_index[captions] == photo).all()
+            seen.update(captions.tolist())
+    assert max(seen.values()) == 1
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 5])
+def test_an_epoch_leaves_out_less_than_a_batch(captions_per_image: int) -> None:
+    """With five captions a photo everything comes, but for what does not fill the last batch."""
+    data = dataset([5] * 37)
+    batches = data.epoch(8, captions_per_image, seed=0, epoch=1)
+    items = 37 * 5 // captions_per_image
+    assert items - 8 < sum(map(len, batches)) <= items
+
+
+def test_the_order_depends_on_seed_and_epoch() -> None:
+    """The same key gives the same batches; another epoch or seed others."""
+    data = dataset(UNEVEN)
+
+    def order(seed: int, epoch: int) -> list:
+        return [[(photo, captions.tolist()) for photo, captions in items]
+                for items in data.epoch(4, 1, seed, epoch)]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+
+
+def test_a_batch_holds_what_its_items_say() -> None:
+    """Pixels, tokens and image_index belong together, row by row."""
+    data = dataset(UNEVEN)
+    for items in data.epoch(4, 3, seed=0, epoch=1):
+        batch = data.batch(items)
+        assert batch.pixels.shape == (4, 4, 4, 3) and batch.pixels.dtype == torch.uint8
+        row = 0
+        for place, (photo, captions) in enumerate(items):
+            assert (batch.pixels[place] == photo).all()
+            for caption in captions:
+                assert batch.image_index[row] == place
+                assert torch.equal(batch.tokens[row], data.tokens[caption])
+                assert data.captions[caption].startswith(f"photo{photo} ")
+                row += 1
+        assert row == len(batch.tokens) == len(batch.image_index)
+
+
+def test_photos_that_could_not_be_decoded_are_left_out() -> None:
+    """A record without a row in the store is no part of the data set."""
+    records = [ImageRecord("a.jpg", ("one", "two")), ImageRecord("b.jpg", ("three",))]
+    store = PixelStore(np.zeros((1, 4, 4, 3), np.uint8), {"b.jpg": 0}, {"a.jpg": "broken"})
+    data = Flickr30kDataset(records, store, Tokenizer.from_captions(["three"], 1, 4))
+    assert [r.name for r in data.records] == ["b.jpg"] and data.captions == ["three"]
+    assert data.image_index.tolist() == [0] and len(data) == 1
+
+
+# What lies on the disk
+
+
+def test_source_matches_photos_and_captions(tiny_data: tuple[Path, Path]) -> None:
+    """Missing and unused files are named, and the rest is split."""
+    images, annotations = tiny_data
+    (images / "1000.png").unlink()
+    (images / "extra.jpg").write_bytes(b"")
+    (images / "folder.jpg").mkdir()
+    source = open_source(images, annotations, 0.25, seed=0)
+    assert [remark.name for remark in source.missing] == ["1000.png"]
+    assert source.unused == ["extra.jpg"]
+    assert sum(len(records) for records in source.splits.values()) == 11
+
+
+def test_a_lost_photo_moves_no_other_to_another_split(tiny_data: tuple[Path, Path]) -> None:
+    """Validation photos never become train photos because a file is gone."""
+    images, annotations = tiny_data
+    before = open_source(images, annotations, 0.25, seed=0).splits
+    lost = before["val"][0].name
+    (images / lost).unlink()
+    after = open_source(images, annotations, 0.25, seed=0).splits
+    assert after["train"] == before["train"]
+    assert [r.name for r in after["val"]] == [r.name for r in before["val"] if r.name != lost]
+
+
+def test_photos_in_subfolders_are_found(tiny_data: tuple[Path, Path]) -> None:
+    """A caption file may name folder/photo.jpg."""
+    images, annotations = tiny_data
+    (images / "sub").mkdir()
+    (images / "1000.png").rename(images / "sub" / "1000.png")
+    annotations.write_text(annotations.read_text().replace("1000.png", "sub/1000.png"))
+    assert open_source(images, annotations, 0.25, seed=0).missing == []
+
+
+def test_max_images_takes_a_part(tiny_data: tuple[Path, Path]) -> None:
+    """The limit counts photos over all splits."""
+    source = open_source(*tiny_data, 0.25, seed=0, max_images=4)
+    assert {split: len(records) for split, records in source.splits.items()} == {
+        "train": 3, "val": 1, "test": 0}
+
+
+@pytest.mark.parametrize("broken", ["images", "annotations", "file for folder", "other photos"])
+def test_missing_data_are_told_with_the_cure(tiny_data: tuple[Path, Path], broken: str) -> None:
+    """The message says where to put what, and names --demo."""
+    images, annotations = tiny_data
+    cure = "--demo"
+    if broken == "images":
+        images = images / "nowhere"
+    elif broken == "annotations":
+        annotations = annotations.with_name("nowhere.csv")
+    elif broken == "file for folder":
+        images, cure = annotations, "not a folder"
+    else:
+        annotations.write_text("another.jpg| 0| a dog .\n")
+        cure = "none of them, such as another.jpg,"
+    with pytest.raises(UserError, match=cure):
+        open_source(images, annotations, 0.25, seed=0)
