@@ -134,6 +134,8 @@ def identical_photos(source: Source) -> list[str]:
 def check_tokens(source: Source, tokenizer: Tokenizer) -> list[str]:
     """Caption lengths, vocabulary, unknown words, and one caption there and back."""
     captions = captions_of(source.splits["train"] + source.splits["val"])
+    if not captions:
+        return ["there are no captions to tokenise"]
     lengths = np.array([len(split_words(caption)) for caption in captions])
     print(f"lengths    {lengths.min()} to {lengths.max()} words, median {np.median(lengths):.0f}; "
           f"{100 * (lengths > tokenizer.context_length).mean():.2f} % are cut to "

@@ -25,6 +25,8 @@ from src.cli import (
     add_results_arguments,
     add_split_arguments,
     fraction,
+    non_negative_float,
+    non_negative_int,
     positive_float,
     positive_int,
     prepare_demo,
@@ -48,7 +50,7 @@ from src.tokenizer import Tokenizer
 
 # From random weights, on pictures of 64 pixels: another task than fine-tuning, so another recipe.
 DEMO = dict(weights="none", image_size=64, epochs=10, lr=3e-3, schedule="cosine", warmup_steps=20,
-            captions_per_image=5, flip=False, min_freq=1)
+            captions_per_image=5, flip=False, min_freq=1, drop_connect=0.0)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -76,6 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                        help="a word must come N times in the train captions (default: %(default)s)")
     model.add_argument("--dropout", type=fraction, default=0.1, metavar="P",
                        help="of the features before the projections (default: %(default)s)")
+    model.add_argument("--drop-connect", type=fraction, default=0.2, metavar="P",
+                       help="of the image encoder's last residual block (default: %(default)s)")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
     training.add_argument("--batch-size", type=positive_int, default=64, metavar="PHOTOS",
@@ -84,10 +88,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                           help="captions that each photo brings to a batch; with 5 an epoch takes "
                           "a fifth of the image passes (default: %(default)s)")
     training.add_argument("--lr", type=positive_float, default=2e-5, help="(default: %(default)s)")
-    training.add_argument("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
+    training.add_argument("--weight-decay", type=non_negative_float, default=0.01,
+                          help="(default: %(default)s)")
     training.add_argument("--schedule", choices=("constant", "cosine"), default="constant",
                           help="of the learning rate (default: %(default)s)")
-    training.add_argument("--warmup-steps", type=int, default=0, metavar="N",
+    training.add_argument("--warmup-steps", type=non_negative_int, default=0, metavar="N",
                           help="steps of linear warm-up (default: %(default)s)")
     training.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                           help="mirror half of the photos (default: %(default)s)")
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,
         context_length=args.context_length, token_dim=args.token_dim, embed_dim=args.embed_dim,
-        dropout=args.dropout,
+        dropout=args.dropout, drop_connect=args.drop_connect,
     ))
     if not args.resume:
         model.image_encoder.load_weights(args.weights)

@@ -138,6 +138,22 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_int(text: str) -> int:
+    """argparse type: a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: a number from 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return value
+
+
 def fraction(text: str) -> float:
     """argparse type: a number from 0 to below 1."""
     value = float(text)

@@ -28,20 +28,23 @@ class ImageEncoder(nn.Module):
     `EfficientNet.from_name(name, include_top=False)`.
     """
 
-    def __init__(self, name: str, image_size: int) -> None:
+    def __init__(self, name: str, image_size: int, drop_connect: float = 0.2) -> None:
         """Build with random weights.
 
         Args:
             name: one of IMAGE_ENCODERS.
             image_size: side of the input pictures; the "same" padding of the strided convolutions
                 is worked out for it.
+            drop_connect: share of the photos for which a residual block is skipped in training,
+                rising from 0 at the first block to this at the last.
         """
         super().__init__()
         self.name = name
         # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
         # few hundred steps evaluate with statistics of the weights that they end with.
         self.backbone = EfficientNet.from_name(
-            name, include_top=False, image_size=image_size, batch_norm_momentum=0.9
+            name, include_top=False, image_size=image_size, drop_connect_rate=drop_connect,
+            batch_norm_momentum=0.9,
         )
         self.backbone._swish = nn.SiLU()  # the same function as the package's, in one fused kernel
         for block in self.backbone._blocks:

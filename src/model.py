@@ -29,6 +29,7 @@ class ModelConfig:
     token_dim: int = 512
     embed_dim: int = 256
     dropout: float = 0.1
+    drop_connect: float = 0.2
 
 
 class DualEncoder(nn.Module):
@@ -38,7 +39,9 @@ class DualEncoder(nn.Module):
         """Build with random weights; `image_encoder.load_weights` brings pretrained ones."""
         super().__init__()
         self.config = config
-        self.image_encoder = ImageEncoder(config.image_encoder, config.image_size)
+        self.image_encoder = ImageEncoder(
+            config.image_encoder, config.image_size, config.drop_connect
+        )
         self.text_encoder = TextEncoder(config.vocab_size, config.token_dim)
         self.image_projection = ProjectionHead(
             self.image_encoder.feature_dim, config.embed_dim, config.dropout

@@ -53,7 +53,8 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError("not a picture in a known format") from error
     except UNREADABLE as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(reason) from error
     if longest:
         image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
     return image
