@@ -7,14 +7,12 @@ are listed too.
 
 from __future__ import annotations
 
-import io
+import csv
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-
-import pandas as pd
 
 from src.errors import UserError
 
@@ -29,12 +27,14 @@ FORMATS = {
 SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val",
           "validation": "val", "test": "test"}
 PIPE_ROW = re.compile(r"([^|]*)\|\s*(\d+)\s*\|(.*)", re.DOTALL)
-PIPE_ROW_WITHOUT_SECOND_PIPE = re.compile(r"([^|]*)\|\s*(\d+)\s+([^|]*)", re.DOTALL)
+PIPE_ROW_WITHOUT_SECOND_PIPE = re.compile(r"([^|]*)\|\s*(\d+)\s([^|]*)", re.DOTALL)
 PIPE_HEADER = re.compile(r"\s*image_name\s*\|\s*comment_number\s*\|\s*comment\s*")
 TOKEN_ROW = re.compile(r"([^\t]*)#(\d+)\t(.*)", re.DOTALL)
 COMMA_ROW = re.compile(r'([^,|\t"]*\.\w+)\s*,(.*)', re.DOTALL)
 COMMA_HEADER = re.compile(r"\s*image(_name)?\s*,\s*caption\s*", re.IGNORECASE)
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+SURROGATES = re.compile("[\ud800-\udfff]")
+csv.field_size_limit(2**31 - 1)  # five captions of 10,000 words are longer than its 131,072
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_annotations(path: Path) -> Annotations:
     if layout == "dataset_flickr30k.json":
         _read_karpathy(text, collector, path)
     elif layout == "flickr_annotations_30k.csv":
-        _read_hugging_face(text, collector, path)
+        _read_hugging_face(text, collector)
     elif layout:
         _read_lines(text, layout, collector)
     else:
@@ -116,6 +116,8 @@ class _Collector:
     def add(self, where: str, name: str, caption: str, split: str = "", mended: str = "") -> None:
         self.rows += 1
         name = name.strip()
+        if "/" in name:  # ./a.jpg and a.jpg are one photo: as two it could train and validate
+            name = str(PurePosixPath(name))
         caption = caption.strip()
         clean = caption if caption.isprintable() else CONTROL_CHARACTERS.sub(" ", caption).strip()
         if "\ufffd" in caption:
@@ -218,26 +220,30 @@ def _unquote(cell: str) -> str:
     return cell
 
 
-def _read_hugging_face(text: str, collector: _Collector, path: Path) -> None:
-    """CSV with one photo a row and its captions as a JSON list."""
-    def too_many_cells(cells: list[str]) -> None:
-        collector.reject("a row", "", "more cells than the header", ",".join(cells))
+def _read_hugging_face(text: str, collector: _Collector) -> None:
+    """CSV with one photo a row and its captions as a JSON list.
 
-    try:
-        # The Python engine: the only one that hands bad rows over one by one. NULs stop its reader.
-        table = pd.read_csv(
-            io.StringIO(text.replace("\x00", " ")), dtype=str, keep_default_na=False,
-            skipinitialspace=True, engine="python", on_bad_lines=too_many_cells,
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise UserError(f"{path} is not a readable CSV file: {error}") from error
-    columns = table.reindex(columns=["filename", "raw", "split"], fill_value="").fillna("")
-    for number, name, raw, split in columns.itertuples(name=None):
+    A row is one line, as JSON escapes line ends; so a stray quote spoils its own row alone. (pandas
+    drops rows with such quotes without telling.)
+    """
+    columns: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        cells = next(csv.reader([line.replace("\x00", " ")], skipinitialspace=True))
+        if not columns:
+            columns = [cell.strip() for cell in cells]
+            continue
+        if len(cells) > len(columns):
+            collector.reject(where, "", "more cells than the header", line)
+            continue
+        row = {"filename": "", "raw": "", "split": "", **dict(zip(columns, cells, strict=False))}
         try:
-            captions = json.loads(raw)
-        except (json.JSONDecodeError, RecursionError):
+            captions = json.loads(row["raw"])
+        except (ValueError, RecursionError):
             captions = None
-        _add_photo(collector, f"row {number + 2}", name, captions, split, raw)
+        _add_photo(collector, where, row["filename"], captions, row["split"], row["raw"])
 
 
 def _read_karpathy(text: str, collector: _Collector, path: Path) -> None:
@@ -245,7 +251,7 @@ def _read_karpathy(text: str, collector: _Collector, path: Path) -> None:
     try:
         photos = json.loads(text)
         photos = photos["images"]
-    except (json.JSONDecodeError, RecursionError, TypeError, KeyError) as error:
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise UserError(f'{path} is not JSON of the form {{"images": [...]}}: {error}') from error
     if not isinstance(photos, list):
         raise UserError(f'{path}: "images" is not a list')
@@ -265,6 +271,9 @@ def _read_karpathy(text: str, collector: _Collector, path: Path) -> None:
 def _add_photo(collector: _Collector, where: str, name: object, captions: object, split: object,
                text: str) -> None:
     """Add all captions of one photo, checking what JSON may hold instead of them."""
+    if isinstance(name, str):
+        # JSON's escapes can bring halves of surrogate pairs, which no file name and no screen takes
+        name = SURROGATES.sub("\ufffd", name)
     if not isinstance(name, str) or not isinstance(captions, list) or not captions:
         collector.reject(where, str(name), "not a photo name with a list of captions", text)
         return
@@ -274,6 +283,6 @@ def _add_photo(collector: _Collector, where: str, name: object, captions: object
     split = SPLITS[split.strip()] if split else ""
     for caption in captions:
         if isinstance(caption, str):
-            collector.add(where, name, caption, split)
+            collector.add(where, name, SURROGATES.sub("\ufffd", caption), split)
         else:
             collector.reject(where, name, "a caption that is not text", str(caption))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def open_source(
 def _present(images: Path, names: set[str]) -> set[str]:
     """The files in the folder, and those of `names` that lie in folders below it."""
     present = {path.name for path in images.iterdir() if path.is_file()}
-    return present | {name for name in names if "/" in name and (images / name).is_file()}
+    # os.path: pathlib's is_file raises on a name that is too long for the file system.
+    return present | {name for name in names if "/" in name and os.path.isfile(images / name)}
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Encoding a text is a mean of word vectors, so a browser can do it. The folder opens from disk and
 works on any static host:
 
-    index.html, style.css, search.js, icon.svg
+    index.html, style.css, search.js, view.js, icon.svg
     data/words.js         the vocabulary and its vectors, int8 with one float32 scale a word
     data/photos-000.js …  names, captions and embeddings of the photos, in the same form
     t/, f/                thumbnails and full-size pictures, called by their content's digest
@@ -19,7 +19,6 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +33,8 @@ from src.pixels import load_image, write_image
 from src.tokenizer import split_words
 
 ASSETS = Path(__file__).with_name("page_assets")
+ASSET_NAMES = ("search.js", "view.js", "style.css", "icon.svg")
+MARK = b"// Photo search"  # search.js begins so: an earlier page is known by it
 THUMBNAIL, FULL_SIZE = 256, 1024  # longest side in pixels
 PHOTOS_PER_FILE = 4096  # some 3 MB with five captions each: the page searches what has arrived
 PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the full size to lay the page out
@@ -83,36 +84,32 @@ def write_page(
         raise ValueError(f"{len(words)} words from {words[:2]}, word vectors "
                          f"{word_embeddings.shape}, photos' vectors {image_embeddings.shape}")
     _check_folder(folder)
-    assets = {name: (ASSETS / name).read_bytes() for name in ("search.js", "style.css", "icon.svg")}
-    for name, content in assets.items():
-        write_atomic(folder / name, content)
+    parts = {name: _write(folder, name, (ASSETS / name).read_bytes()) for name in ASSET_NAMES}
     pictures, reasons, made = _write_pictures(folder, photos, progress)
     kept = [i for i in range(n_photos) if not reasons[i]]
-
-    sources, data_bytes = [], 0
-    vocabulary = {
+    data = {"data/words.js": _script("addWords", {
         "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
         "examples": example_queries(words, [captions[i] for i in kept]),
         **_quantised(word_embeddings),
-    }
-    parts = ({
-        "names": [_well_formed(names[i]) for i in part],
-        "captions": [captions[i] for i in part],
-        "pictures": [pictures[i] for i in part],
-        **_quantised(image_embeddings[part]),
-    } for part in _blocks(kept))
-    for name, script in _scripts(vocabulary, parts):
-        write_atomic(folder / "data" / name, script)
-        sources.append(f"data/{name}{_version(script)}")
-        data_bytes += len(script)
-    # Last: it names the files that belong together, by the digests of what is in them.
-    write_atomic(folder / "index.html", _index(title, assets, sources))
-    _remove_stale(folder, len(sources) - 1, {pictures[i] for i in kept})
+    })}
+    for start in range(0, len(kept), PHOTOS_PER_FILE):
+        block = kept[start:start + PHOTOS_PER_FILE]
+        data[f"data/photos-{start // PHOTOS_PER_FILE:03}.js"] = _script("addPhotos", {
+            "names": [_well_formed(names[i]) for i in block],
+            "captions": [[_well_formed(caption) for caption in captions[i]] for i in block],
+            "pictures": [pictures[i] for i in block],
+            **_quantised(image_embeddings[block]),
+        })
+    for name, content in data.items():
+        parts[name] = _write(folder, name, content)
+    # Last: it names the files that belong together.
+    write_atomic(folder / "index.html", _index(title, parts))
+    _remove_stale(folder, set(data), {pictures[i] for i in kept})
     return {
         "photos": len(kept), "words": len(words),
         "skipped": [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason],
         "photo_vector_bytes": len(kept) * (dim + 4), "word_vector_bytes": len(words) * (dim + 4),
-        "data_bytes": data_bytes, "pictures_made": made,
+        "data_bytes": sum(map(len, data.values())), "pictures_made": made,
     }
 
 
@@ -121,9 +118,9 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder for the page")
     script = folder / "search.js"
-    first_line = (ASSETS / "search.js").read_bytes().split(b"\n")[0]
-    earlier = script.is_file() and script.read_bytes().split(b"\n")[0] == first_line
-    if folder.is_dir() and any(folder.iterdir()) and not earlier:
+    earlier = script.is_file() and script.read_bytes().startswith(MARK)
+    # A write that was killed leaves a .tmp.
+    if not earlier and folder.is_dir() and any(p.suffix != ".tmp" for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no earlier page: name a new folder")
 
 
@@ -205,53 +202,41 @@ def example_queries(words: list[str], captions: list[list[str]], count: int = 6)
     return pool[:count] or [word for word in words[2:80] if len(word) > 3][:count]
 
 
-def _well_formed(name: str) -> str:
-    """A file name without the stand-ins for bytes that are no text; an address cannot hold them."""
-    return name.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _well_formed(text: str) -> str:
+    """Without the stand-ins for bytes that are no text, which file names may have."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _blocks(rows: list[int]) -> Iterator[list[int]]:
-    return (rows[start:start + PHOTOS_PER_FILE] for start in range(0, len(rows), PHOTOS_PER_FILE))
+def _script(function: str, data: dict) -> bytes:
+    """A script that hands `data` to a function of search.js."""
+    # ASCII, and no <: nothing in a caption can end a string, a line or a script early.
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return f"{function}({text});\n".encode("ascii")
 
 
-def _scripts(vocabulary: dict, parts: Iterator[dict]) -> Iterator[tuple[str, bytes]]:
-    """The data files: (name, content)."""
-    def call(function: str, data: dict) -> bytes:
-        # ASCII, and no <: nothing in a caption can end a string, a line or a script early.
-        text = json.dumps(data).replace("<", "\\u003c")
-        return f"{function}({text});\n".encode("ascii")
-
-    yield "words.js", call("addWords", vocabulary)
-    for i, part in enumerate(parts):
-        yield f"photos-{i:03}.js", call("addPhotos", part)
+def _write(folder: Path, name: str, content: bytes) -> str:
+    """Write one part of the page; its address, by which a browser's cache cannot mix two pages."""
+    write_atomic(folder / name, content)
+    return f"{name}?v={hashlib.blake2b(content, digest_size=6).hexdigest()}"
 
 
-def _version(content: bytes) -> str:
-    """What follows a file's address, so that a browser's cache cannot mix two pages."""
-    return f"?v={hashlib.blake2b(content, digest_size=6).hexdigest()}"
-
-
-def _index(title: str, assets: dict[str, bytes], sources: list[str]) -> bytes:
-    """index.html with its title and the addresses of its parts."""
-    parts = {
-        "title": html.escape(title),
-        "style": f"style.css{_version(assets['style.css'])}",
-        "script": f"search.js{_version(assets['search.js'])}",
-        "data": "\n".join(f'<script defer src="{source}"></script>' for source in sources),
-    }
+def _index(title: str, parts: dict[str, str]) -> bytes:
+    """index.html with its title and the addresses of its parts; scripts in the order of `parts`."""
+    scripts = "\n".join(f'<script defer src="{address}"></script>'
+                        for name, address in parts.items() if name.endswith(".js"))
+    values = {**parts, "title": html.escape(title), "scripts": scripts}
     page = (ASSETS / "index.html").read_text(encoding="utf-8")
-    return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], page).encode("utf-8", "replace")
+    return re.sub(r"{{(.+?)}}", lambda match: values[match[1]], page).encode("utf-8", "replace")
 
 
-def _remove_stale(folder: Path, n_parts: int, pictures: set[str]) -> None:
-    """Remove what an earlier page left: parts beyond the last, pictures of photos now gone."""
+def _remove_stale(folder: Path, data: set[str], pictures: set[str]) -> None:
+    """Remove what an earlier page left: data files beyond the last, pictures of photos now gone."""
     for path in (folder / "data").glob("photos-*.js"):
-        number = path.stem.removeprefix("photos-")
-        if number.isdecimal() and int(number) >= n_parts:
+        if f"data/{path.name}" not in data:
             path.unlink()
     for size in ("t", "f"):
-        for path in (folder / size).glob("*"):
-            if PICTURE.match(path.name.lstrip(".")) and path.stem not in pictures:
+        for path in (folder / size).glob("*.jpg*"):
+            if PICTURE.match(path.name) and path.stem not in pictures:
                 path.unlink()
 
 
@@ -259,13 +244,16 @@ class _PageHandler(SimpleHTTPRequestHandler):
     """Serves the files of one folder, and nothing that a link in it points to outside."""
 
     def send_head(self):  # noqa: ANN201 (as the class it overrides)
-        path = Path(self.translate_path(self.path))
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        inside = path.resolve().is_relative_to(Path(self.directory).resolve())
-        # A foreign site could call itself 127.0.0.1 and read the photos: DNS rebinding.
-        if host not in ("127.0.0.1", "localhost") or not inside:
-            self.send_error(403)
-            return None
+        try:
+            path = Path(self.translate_path(self.path)).resolve()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+            return self.send_error(404)
+        host = self.headers.get("Host", "").partition(":")[0]
+        # A foreign site could let its name point to 127.0.0.1, and read the photos.
+        if host not in ("127.0.0.1", "localhost"):
+            return self.send_error(403)
+        if not path.is_relative_to(Path(self.directory).resolve()):
+            return self.send_error(404)
         return super().send_head()
 
     def list_directory(self, path: str) -> None:
@@ -295,8 +283,8 @@ def serve_page(folder: Path, port: int = 8000) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot serve on port {port} ({reason}): choose another one") from error
     with server:
-        print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C ends it", flush=True)
         try:
+            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print()

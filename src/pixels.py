@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from src.errors import UserError
@@ -27,9 +27,14 @@ from src.files import exclusive_lock, sync_folder, write_atomic
 MAX_PIXELS = 178_956_970  # decoded; Pillow's own limit against decompression bombs, 0.5 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
 CHUNK = 512  # photos between two journal writes: what an interruption may cost
-# Whatever a broken photo makes Pillow raise; struct.error and friends are ValueError's neighbours.
-UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError,
-              EOFError, AttributeError, MemoryError, ZeroDivisionError)
+# Of corrupt EXIF and the like; the pixels decide. For good, since catch_warnings in the decoding
+# threads would race for the process's filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+TURNS = {  # EXIF orientation -> what turns the photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(path: Path, longest: int | None = None) -> Image.Image:
@@ -43,16 +48,18 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
         ValueError: not a readable picture; the message says why.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # corrupt EXIF and the like; the pixels decide
-            if longest:  # lets the JPEG decoder skip detail that is thrown away anyway
+        with Image.open(path) as image:
+            # Lets the JPEG decoder skip detail that is thrown away anyway. A progressive JPEG is
+            # held in memory as a whole all the same, so its full size counts below.
+            if longest and not image.info.get("progressive"):
                 image.draft("RGB", (longest, longest))
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            image = _to_rgb(ImageOps.exif_transpose(image))
+            image.load()
+            image = _to_rgb(_upright(image))
     except UnidentifiedImageError as error:
         raise ValueError("not a picture in a known format") from error
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's readers raise anything at all on broken files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(reason) from error
     if longest:
@@ -60,11 +67,23 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
     return image
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The photo turned as its EXIF says, if it says so legibly.
+
+    ImageOps.exif_transpose also writes the EXIF anew, which fails on odd tags of intact photos.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF as broken as it likes to be: the pixels are there
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode. convert() alone clips 16-bit grey to white and shows what is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float32)
-        scale = 65535 if image.mode.startswith("I") else max(1.0, float(np.nanmax(grey)))
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        scale = 65535 if image.mode.startswith("I") else max(1.0, float(grey.max()))
         image = Image.fromarray((grey.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -182,7 +201,7 @@ def _read_journal(journal: Path, data: Path, row_bytes: int) -> dict[str, dict]:
     for line in journal.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            if 0 <= entry["row"] < n_rows:
+            if 0 <= entry["row"] < n_rows and {"signature", "error"} <= entry.keys():
                 entries[entry["name"]] = entry
     return entries
 
@@ -207,6 +226,10 @@ def _decode_into(
 ) -> None:
     """Decode the photos of `rows` into their rows of the data file and note them in the journal."""
     row_bytes = size * size * 3
+    # First the journal without the photos to come, and without rows that the data file has lost:
+    # such a line would come true again, for another photo's pixels, once the file has grown.
+    kept = [entry for name, entry in entries.items() if name not in rows]
+    write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
     # Rows are written, not mapped: a full disk is then an error that can be told, not a SIGBUS.
     descriptor = os.open(data, os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -225,8 +248,6 @@ def _decode_into(
         with (ThreadPoolExecutor(workers or os.cpu_count()) as pool,
               open(journal, "a", encoding="utf-8") as log,
               tqdm(total=len(rows), desc="decoding", unit="photo") as bar):
-            if journal.stat().st_size:
-                log.write("\n")  # the last line may be half written
             names = iter(rows)
             while chunk := list(islice(names, CHUNK)):
                 done = list(_map_with_progress(pool, decode, chunk, bar))

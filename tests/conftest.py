@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small spend their time waiting for each other
+
+# The same examples in every run, and as long as they take. A thorough run, with other examples
+# each time: python -m pytest --hypothesis-profile nightly
+settings.register_profile("suite", max_examples=200, deadline=None, derandomize=True)
+settings.register_profile("nightly", max_examples=10_000, deadline=None)
+settings.load_profile("suite")
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from src.annotations import ImageRecord
 from src.dataset import Flickr30kDataset, open_source
 from src.errors import UserError
 from src.pixels import PixelStore
-from src.tokenizer import Tokenizer
+from src.tokenizer import Tokenizer, split_words
 
 
 def dataset(counts: list[int]) -> Flickr30kDataset:
@@ -53,13 +55,35 @@ def test_batches_are_full_and_hold_each_photo_once(
     assert max(seen.values()) == 1
 
 
-@pytest.mark.parametrize("captions_per_image", [1, 5])
-def test_an_epoch_leaves_out_less_than_a_batch(captions_per_image: int) -> None:
-    """With five captions a photo everything comes, but for what does not fill the last batch."""
-    data = dataset([5] * 37)
-    batches = data.epoch(8, captions_per_image, seed=0, epoch=1)
-    items = 37 * 5 // captions_per_image
-    assert items - 8 < sum(map(len, batches)) <= items
+@given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=20), batch_size=st.integers(1, 25),
+       captions_per_image=st.integers(1, 6), seed=st.integers(0, 99))
+def test_what_an_epoch_leaves_out_fills_no_batch(
+    counts: list[int], batch_size: int, captions_per_image: int, seed: int
+) -> None:
+    """Captions that stay behind belong to fewer photos than a batch has; and where all photos have
+    as many captions, less than a batch stays behind."""
+    data = dataset(counts)
+    batch_size = min(batch_size, len(counts))
+    groups = [(photo, captions) for items in data.epoch(batch_size, captions_per_image, seed, 1)
+              for photo, captions in items]
+    seen = {caption for _, captions in groups for caption in captions.tolist()}
+    assert len(seen) == sum(len(captions) for _, captions in groups)
+    left = [photo for caption, photo in enumerate(data.image_index.tolist()) if caption not in seen]
+    assert len(set(left)) < batch_size
+    if len(set(counts)) == 1:
+        assert len(counts) * -(-counts[0] // captions_per_image) - len(groups) < batch_size
+
+
+def test_captions_come_in_groups_of_their_photo() -> None:
+    """Seven captions, three at a time, are groups of 3, 3 and 1; another epoch groups others."""
+    data = dataset([7])
+
+    def groups(epoch: int) -> list[list[int]]:
+        return [captions.tolist() for ((_, captions),) in data.epoch(1, 3, 0, epoch)]
+
+    assert [len(group) for group in groups(1)] == [3, 3, 1]
+    assert sorted(sum(groups(1), [])) == list(range(7))
+    assert sorted(map(sorted, groups(1))) != sorted(map(sorted, groups(2)))
 
 
 def test_the_order_depends_on_seed_and_epoch() -> None:
@@ -133,6 +157,51 @@ def test_photos_in_subfolders_are_found(tiny_data: tuple[Path, Path]) -> None:
     (images / "1000.png").rename(images / "sub" / "1000.png")
     annotations.write_text(annotations.read_text().replace("1000.png", "sub/1000.png"))
     assert open_source(images, annotations, 0.25, seed=0).missing == []
+
+
+def test_the_vocabulary_never_sees_validation_words(tiny_data: tuple[Path, Path]) -> None:
+    """A word of validation captions alone has no id, however often it comes."""
+    images, annotations = tiny_data
+    splits = open_source(images, annotations, 0.25, seed=0).splits
+    lines = annotations.read_text().split("\n")
+    for record in splits["val"]:
+        lines = [line + f" only{record.name[:4]}" if record.name in line else line
+                 for line in lines]
+    annotations.write_text("\n".join(lines))
+    splits = open_source(images, annotations, 0.25, seed=0).splits
+    train, val = ([c for r in splits[split] for c in r.captions] for split in ("train", "val"))
+    tokenizer = Tokenizer.from_captions(train, 1, 16)
+    assert {w for c in train for w in split_words(c)} == set(tokenizer.words[2:])
+    assert len(val) == 15 and all(tokenizer.decode(row).endswith("things <unk>")
+                                  for row in tokenizer.encode(val))
+
+
+@pytest.mark.parametrize("name", [
+    "x" * 300 + ".jpg", "sub/" + "x" * 300 + ".jpg", "sub/" * 2000 + "x.jpg", "sub", "sub/.", ".",
+    "1000.png/x.jpg", "\ufffd.jpg", "sub/\x85.jpg",
+])
+def test_names_that_no_file_can_have_are_missing_photos(
+    tiny_data: tuple[Path, Path], name: str
+) -> None:
+    """Names too long for the file system, of folders, or below a file: counted, no traceback."""
+    images, annotations = tiny_data
+    (images / "sub").mkdir()
+    with open(annotations, "a", encoding="utf-8") as file:
+        file.write(f"{name}| 0| A dog .\n")
+    source = open_source(images, annotations, 0.25, seed=0)
+    assert len(source.missing) == 1 and len(source.unused) == 0
+    assert sum(len(records) for records in source.splits.values()) == 12
+
+
+@pytest.mark.parametrize("name", ["a b.jpg", "it's \"one\".jpg", "фото.jpg", "照片.png", "x" * 240])
+def test_names_of_every_kind_are_found(tiny_data: tuple[Path, Path], name: str) -> None:
+    """Spaces, quotes, other scripts, very long names."""
+    images, annotations = tiny_data
+    (images / "1000.png").rename(images / name)
+    text = annotations.read_text().replace("1000.png", name)
+    annotations.write_text(text, encoding="utf-8")
+    source = open_source(images, annotations, 0.25, seed=0)
+    assert source.missing == [] and source.unused == []
 
 
 def test_max_images_takes_a_part(tiny_data: tuple[Path, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import src.files
 from src.errors import UserError
@@ -47,6 +50,15 @@ def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "file" / "below", b"")
+
+
+def test_a_folder_in_place_of_the_file_is_told(tmp_path: Path) -> None:
+    """A folder is not replaced, and no temporary file stays beside it."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomic(tmp_path / "folder", b"x")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -89,6 +101,35 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for name in ("missing.pth", ".", "text.pth", "empty.pth", "cut.pth", "tensor.pth"):
         with pytest.raises(UserError, match=str(tmp_path)):
             load_tensors(tmp_path / name)
+
+
+CONTENT = {"a": torch.arange(5), "b": {"c": [1, 2.5, "x", True]}}
+ZIPPED, LEGACY = io.BytesIO(), io.BytesIO()
+torch.save(CONTENT, ZIPPED)
+torch.save(CONTENT, LEGACY, _use_new_zipfile_serialization=False)
+STARTS = [b"", ZIPPED.getvalue(), LEGACY.getvalue(), pickle.dumps({"a": [1, "x"]}, 2)]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.sampled_from(STARTS), cut=st.integers(0, 5000), added=st.binary(max_size=20),
+       bytes_=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=4))
+@example(start=b"", cut=0, added=b".", bytes_=[])  # pops from an empty stack
+@example(start=b"", cut=0, added=b"]e.", bytes_=[])  # no mark to pop
+@example(start=b"", cut=0, added=b"J\x00", bytes_=[])  # half a number
+def test_any_bytes_are_loaded_or_refused(
+    tmp_path: Path, start: bytes, cut: int, added: bytes, bytes_: list[tuple[int, int]]
+) -> None:
+    """However a file is damaged, it gives a dictionary or a UserError, never another exception."""
+    content = bytearray(start)
+    for place, byte in bytes_ if content else []:
+        content[place % len(content)] = byte
+    if cut < len(content):
+        del content[cut:]
+    (tmp_path / "any.pth").write_bytes(content + added)
+    try:
+        assert isinstance(load_tensors(tmp_path / "any.pth"), dict)
+    except UserError as error:
+        assert str(tmp_path / "any.pth") in str(error)
 
 
 def test_the_lock_keeps_another_process_out(tmp_path: Path) -> None:

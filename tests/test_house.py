@@ -68,11 +68,24 @@ def test_every_library_has_one_door(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ROOMS + SCRIPTS, ids=lambda path: path.stem)
 def test_tensors_are_saved_and_loaded_in_one_place(path: Path) -> None:
-    """torch.save and torch.load stand in src/files.py alone, loading weights only."""
+    """torch.save and torch.load stand in src/files.py alone; nobody unpickles by other means."""
+    assert not imports(path) & {"pickle", "joblib", "dill", "shelve", "marshal"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in ("save", "load") \
                 and getattr(node.value, "id", "") == "torch":
             assert path.stem == "files"
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert not {alias.name for alias in node.names} & {"save", "load"}
+
+
+def test_only_weights_are_loaded() -> None:
+    """Every torch.load says weights_only=True, so that no file can run code."""
+    loads = [node for path in ROOMS + SCRIPTS
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    assert loads
+    for call in loads:
+        assert {k.arg: ast.unparse(k.value) for k in call.keywords}["weights_only"] == "True"
 
 
 @pytest.mark.parametrize("path", ROOMS + SCRIPTS, ids=lambda path: path.stem)

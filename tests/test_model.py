@@ -188,6 +188,16 @@ def test_features_equal_the_package(published, image_size):
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
 
 
+def test_drop_connect_skips_blocks_in_training_only():
+    """At 0 two passes of training are the same pass; above 0 they differ, and evaluation never."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for drop_connect, same in ((0.0, True), (0.5, False)):
+        encoder = ImageEncoder(B0, 32, drop_connect).train()
+        with torch.no_grad():
+            assert torch.equal(encoder(images), encoder(images)) == same
+            assert torch.equal(encoder.eval()(images), encoder(images))
+
+
 def test_swish_is_replaced_everywhere(model):
     """None of the package's own swish is left: it costs twice the time and memory."""
     left = [name for name, module in model.named_modules() if "Swish" in type(module).__name__]

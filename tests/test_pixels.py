@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import random
 import struct
+import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 import src.pixels
 from src.errors import UserError
@@ -75,6 +80,58 @@ def test_rotated_by_exif_is_turned_upright(tmp_path: Path) -> None:
     assert pixels[:3].max() < 60 and pixels[6:].min() > 190
 
 
+def exif_with(orientation: int) -> Image.Exif:
+    """An orientation among other tags."""
+    exif = Image.Exif()
+    exif[274], exif[0x010E], exif[0x011A] = orientation, "a description", 72.0
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_every_orientation_is_turned_upright(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    """All eight of EXIF, and numbers that are none, as Pillow's own exif_transpose does it."""
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(noise()), exif=exif_with(orientation))
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(load_image(path)), expected)
+    assert expected.shape[0] == (16 if orientation in (5, 6, 7, 8) else 12)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the tags; a user does not see them either
+def test_broken_exif_does_not_cost_the_photo(tmp_path: Path) -> None:
+    """Whatever stands in the EXIF, an intact photo is read, turned somehow."""
+    whole, chance, path = exif_with(6).tobytes(), random.Random(0), tmp_path / "a.png"
+    turned = {np.rot90(m, k).tobytes() for k in range(4) for m in (noise(), noise()[:, ::-1])}
+    for _ in range(150):
+        exif = bytearray(whole)
+        for _ in range(chance.choice([1, 3, 6])):
+            exif[chance.randrange(len(exif))] = chance.choice([0, 1, 2, 5, 7, 12, 255])
+        saved(path, Image.fromarray(noise()), exif=bytes(exif))
+        assert np.asarray(load_image(path)).tobytes() in turned
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_of_every_format(tmp_path: Path, suffix: str) -> None:
+    """The full range of 16 bits is the full range of 8."""
+    grey = np.linspace(0, 65_535, 48).astype(np.uint16).reshape(6, 8)
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(grey))
+    expected = (grey.astype(np.float64) / 257).round()
+    np.testing.assert_allclose(np.asarray(load_image(path))[:, :, 0], expected, atol=1)
+
+
+def test_floats_are_scaled_and_what_is_no_number_is_black(tmp_path: Path) -> None:
+    """A picture of floats spans black to white; NaN, infinity and negatives do not upset it."""
+    grey = np.array([[0, 50, 100], [np.nan, -5, 25]], np.float32)
+    path = saved(tmp_path / "a.tif", Image.fromarray(grey))
+    assert np.asarray(load_image(path))[:, :, 1].tolist() == [[0, 128, 255], [0, 0, 64]]
+    saved(path, Image.fromarray(np.full((2, 2), np.inf, np.float32)))
+    assert np.asarray(load_image(path)).tolist() == [[[255] * 3] * 2] * 2
+
+
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     """Only what shows first counts."""
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
@@ -98,6 +155,17 @@ def huge_png(path: Path, side: int = 30_000) -> Path:
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                      + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return path
+
+
+def huge_jpeg(path: Path, side: int = 30_000) -> Path:
+    """A small file that claims side x side pixels, progressive: gigabytes while it is decoded."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise()).save(buffer, "JPEG", progressive=True)
+    content = bytearray(buffer.getvalue())
+    header = content.index(b"\xff\xc2")
+    content[header + 5 : header + 9] = struct.pack(">HH", side, side)
+    path.write_bytes(content)
     return path
 
 
@@ -126,6 +194,43 @@ def test_unreadable_files_are_a_value_error(tmp_path: Path, kind: str) -> None:
     """Whatever is wrong with a file, it is one kind of error with a reason."""
     with pytest.raises(ValueError, match=r"\w"):
         load_image(unreadable(tmp_path, kind))
+
+
+@pytest.mark.parametrize("longest", [None, 50])
+@pytest.mark.parametrize("write", [huge_png, huge_jpeg])
+def test_huge_pictures_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path],
+    longest: int | None,
+) -> None:
+    """30,000 x 30,000 pixels are too many, and no memory is taken to find out."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="30000x30000 pixels are too many"):
+        load_image(write(tmp_path / "a"), longest)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it finds
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "DDS", "ICO"])
+def test_damaged_files_are_a_picture_or_a_value_error(tmp_path: Path, kind: str) -> None:
+    """Bytes changed, lost and added at random never give another exception."""
+    buffer, chance, path = io.BytesIO(), random.Random(0), tmp_path / "a.jpg"
+    image = Image.fromarray(noise())
+    image.save(buffer, kind, **({"exif": exif_with(6)} if kind in ("JPEG", "PNG", "TIFF") else {}))
+    outcomes = set()
+    for _ in range(120):
+        content = bytearray(buffer.getvalue())
+        for _ in range(chance.choice([1, 2, 4])):
+            place = chance.randrange(min(len(content), chance.choice([40, 200, 5000])))
+            if chance.random() < 0.8:
+                content[place] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
+            else:
+                content[place : place + chance.randrange(9)] = chance.randbytes(chance.randrange(9))
+        path.write_bytes(content)
+        try:
+            outcomes.add(load_square(path, 8).shape)
+        except ValueError as error:
+            assert str(error)
+            outcomes.add("refused")
+    assert outcomes == {(8, 8, 3), "refused"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 50), (50, 1), (1, 1), (40, 40), (500, 30)])
@@ -235,6 +340,58 @@ def test_an_interrupted_build_goes_on(
     assert set(names) == set(NAMES[6:])
 
 
+@pytest.mark.parametrize("lost", [0, 9 * 9 * 3 * 2])
+def test_a_store_that_lost_its_pixels_gives_no_wrong_ones(
+    tmp_path: Path, photos: Path, lost: int
+) -> None:
+    """The data file deleted or cut, then filled again by a part of the photos: old lines of the
+    journal must not take the new rows for theirs."""
+    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    os.truncate(tmp_path / "s" / "pixels_9.uint8", lost)
+    check(PixelStore.build(tmp_path / "s", photos, NAMES[5:], 9), photos, NAMES[5:])
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+
+
+def test_a_photo_that_changed_is_not_believed_half_decoded(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the new pixels and their journal line, and the old photo put back: its row
+    holds the other pixels, and is decoded again."""
+    path, store = photos / "3.png", tmp_path / "s"
+    PixelStore.build(store, photos, NAMES, 9)
+    old, times = path.read_bytes(), path.stat()
+    write_image(path, noise(seed=99))
+    write, written = os.pwrite, []
+
+    def stop_after_pixels(_: int) -> None:
+        if written:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(src.pixels.os, "pwrite", lambda *args: written.append(1) or write(*args))
+        patch.setattr(src.pixels.os, "fsync", stop_after_pixels)
+        PixelStore.build(store, photos, NAMES, 9)
+    path.write_bytes(old)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    check(PixelStore.build(store, photos, NAMES, 9), photos, NAMES)
+
+
+@pytest.mark.parametrize("line", [
+    "", "null", "3", "[]", "{}", '{"name": "0.png"}', '{"name": "0.png", "row": 1}',
+    '{"name": "0.png", "row": "1", "signature": [], "error": ""}', '{"name": "0.png", "row": 0, "s',
+    '{"name": "0.png", "row": -1, "signature": [0, 0], "error": ""}', "\x00\x00", "\ufffd",
+    '{"name": ["0.png"], "row": 1, "signature": [], "error": ""}',
+    '{"name": "0.png", "row": 99, "signature": [], "error": ""}',
+])
+def test_a_damaged_journal_line_does_no_harm(tmp_path: Path, photos: Path, line: str) -> None:
+    """Whatever a power cut left in the journal, the store is whole."""
+    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    with open(tmp_path / "s" / "pixels_9.jsonl", "a", encoding="utf-8") as file:
+        file.write(line)
+    for names in (NAMES[:4], NAMES):
+        check(PixelStore.build(tmp_path / "s", photos, names, 9), photos, names)
+
+
 @pytest.mark.parametrize("cut", [2, 40, 200])
 def test_a_half_written_journal_costs_only_its_last_lines(
     tmp_path: Path, photos: Path, decoded: list[str], cut: int
@@ -271,6 +428,69 @@ def test_disk_use_is_told_and_too_little_refused(
         PixelStore.build(tmp_path / "s", photos, NAMES, 9)
     assert "11 photos" in capsys.readouterr().out
     assert not (tmp_path / "s" / "pixels_9.uint8").exists()
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_done(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails is the user's to mend, and the next build goes on to the same end."""
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    PixelStore.build(tmp_path / "s", photos, NAMES[:4], 9)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(src.pixels.os, "pwrite", full)
+        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+
+
+def test_rows_written_in_pieces_are_whole(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may take fewer bytes at once than it is given."""
+    write = os.pwrite
+    monkeypatch.setattr(src.pixels.os, "pwrite",
+                        lambda file, data, offset: write(file, data[:50], offset))
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+
+
+def test_decoding_leaves_the_warning_filters_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters belong to the process: threads that swap them for a moment leave them changed."""
+    path = saved(tmp_path / "a.jpg", Image.fromarray(noise()))
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", lambda **_: pytest.fail("filters were swapped"))
+        load_square(path, 9)
+
+
+@pytest.mark.parametrize("name", [
+    "a b.png", "it's \"one\".png", "фото.png", "line\nend.png", "u2028 \u2028.png", "x" * 240,
+    "sub/folder/a.png",
+])
+def test_names_of_every_kind_are_kept(
+    tmp_path: Path, photos: Path, decoded: list[str], name: str
+) -> None:
+    """The journal tells apart and finds again whatever a file may be called."""
+    (photos / name).parent.mkdir(parents=True, exist_ok=True)
+    (photos / "0.png").rename(photos / name)
+    for _ in range(2):
+        check(PixelStore.build(tmp_path / "s", photos, [name, "1.png"], 9), photos, [name, "1.png"])
+    assert len(decoded) == 2
+
+
+def test_a_lost_photo_is_failed_and_others_stay(
+    tmp_path: Path, photos: Path, decoded: list[str]
+) -> None:
+    """A file deleted after a build is told as missing; nothing else is decoded."""
+    PixelStore.build(tmp_path / "s", photos, NAMES[:9], 9)
+    decoded.clear()
+    (photos / "3.png").unlink()
+    store = PixelStore.build(tmp_path / "s", photos, NAMES[:9], 9)
+    assert decoded == ["3.png"] and list(store.failed) == ["3.png"]
+    assert "No such file" in store.failed["3.png"]
+    kept = [name for name in NAMES[:9] if name != "3.png"]
+    check(PixelStore.build(tmp_path / "s", photos, kept, 9), photos, kept)
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path, photos: Path) -> None:

@@ -28,6 +28,7 @@ def test_draws_are_a_function_of_the_key():
         torch.rand(3)
         assert draws(*key) == first[key]
     assert len({tuple(numbers) for numbers in first.values()}) == len(keys)
+    assert len({tuple(draws(0, 1, step)) for step in range(1000)}) == 1000
 
 
 def test_cpu_is_always_there():

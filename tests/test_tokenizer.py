@@ -65,6 +65,21 @@ def test_rows_are_padded_cut_and_read_back() -> None:
     assert tokenizer.encode([]).shape == (0, 4)
 
 
+@given(captions=st.lists(st.text(st.sampled_from("ab é.,A\x00\u0301犬"), max_size=30), max_size=6),
+       length=st.integers(1, 5))
+def test_encoding_is_a_loop_over_words(captions: list[str], length: int) -> None:
+    """Each row is what looking up one word after the other gives; decoding says the known ones."""
+    tokenizer = Tokenizer.from_captions(captions[::2], 1, length)
+    expected = [[0] * length for _ in captions]
+    for row, caption in zip(expected, captions, strict=True):
+        for place, word in enumerate(split_words(caption)[:length]):
+            row[place] = tokenizer.vocab.get(word, 1)
+    tokens = tokenizer.encode(captions)
+    assert tokens.tolist() == expected and tokens.shape == (len(captions), length)
+    for caption, row in zip(captions[::2], tokens[::2], strict=True):
+        assert tokenizer.decode(row) == " ".join(split_words(caption)[:length])
+
+
 @pytest.mark.parametrize("vocab", [
     {}, {"<pad>": 0}, {"<pad>": 1, "<unk>": 0}, {"<pad>": 0, "<unk>": 1, "a": 3},
     {"<pad>": 0, "<unk>": 1, "a": 2, "b": 2}, {"a": 0, "b": 1},

@@ -1,0 +1,381 @@
+// Photo search, the page: what search.js finds, drawn; keys, clicks and the address.
+//
+// Captions and names are data from strangers: they reach the page as text nodes and attributes
+// only, never as markup.
+"use strict";
+
+const COUNTS = [12, 24, 48, 96];
+const ALIKE = 8; // photos shown as most like the open one
+const LONGEST_QUERY = 2000; // characters; far more than the words that count
+
+// ---- What is shown lives in the address, so that it can be shared and gone back to --------------
+
+let state = readAddress();
+let typing = false; // within one burst of typing the address is replaced, not added to
+
+function readAddress() {
+  const parts = new URLSearchParams(location.hash.slice(1));
+  const count = Number(parts.get("n"));
+  return {
+    text: (parts.get("q") ?? "").slice(0, LONGEST_QUERY),
+    count: COUNTS.includes(count) ? count : 24,
+    photo: parts.get("photo") ?? "",
+  };
+}
+
+function addressOf(changes) {
+  const { text, count, photo } = { ...state, ...changes };
+  const parts = new URLSearchParams();
+  if (text) parts.set("q", text);
+  if (count !== 24) parts.set("n", count);
+  if (photo) parts.set("photo", photo);
+  return `#${parts}`;
+}
+
+// `opened` counts the entries since the results were left: closing a photo goes back to them.
+function go(changes, { replace = false, opened = 0 } = {}) {
+  const address = addressOf(changes);
+  state = { ...state, ...changes };
+  try {
+    history[replace ? "replaceState" : "pushState"]({ opened }, "", address);
+  } catch {
+    // Some browsers refuse after a hundred changes in a few seconds; the next one will be taken.
+  }
+  schedule();
+}
+
+function openedBefore() {
+  return history.state?.opened ?? 0;
+}
+
+function closePhoto() {
+  const opened = openedBefore();
+  state.photo = "";
+  drawnPhoto = "";
+  if (opened) history.go(-opened);
+  else go({}, { replace: true });
+}
+
+// ---- Drawing ------------------------------------------------------------------------------------
+
+const get = (id) => document.getElementById(id);
+const box = get("query");
+const countBox = get("count");
+const list = get("results");
+const dialog = get("photo");
+const title = document.title;
+const cards = new Map(); // photo -> its <li>, kept while shown so that its picture is not redrawn
+let results = []; // what the list shows, in order
+let drawn = ""; // what it was drawn for
+let drawnPhoto = "";
+let lastPhoto = -1;
+let waiting = false;
+
+// Anything that changes asks for a drawing; there is one a frame at most.
+function schedule() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    draw();
+  });
+}
+
+// The only maker of elements. Children that are strings become text, whatever they hold.
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+// Text of strangers in one line; what would hide or turn around its neighbours is made visible.
+function tame(text) {
+  const hidden = /[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
+  return text.replace(/\s+/g, " ").trim().replace(hidden, "\ufffd");
+}
+
+const number = (value) => value.toLocaleString("en");
+// Flickr30k's captions come in tokens: "on a beach ."
+const prose = (caption) => tame(caption).replace(/ +([.,;:!?])(?=\s|$)/g, "$1");
+const labelOf = (photo) => prose(photos.captions[photo][0] ?? "") || tame(photos.names[photo]);
+const bdi = (text) => el("bdi", {}, tame(text));
+
+function signed(value, digits) {
+  const text = Math.abs(value).toFixed(digits);
+  if (Number(text) === 0) return text;
+  return (value < 0 ? "\u2212" : "+") + text;
+}
+
+function picture(photo, folder) {
+  const name = photos.pictures[photo]; // digest_WIDTHxHEIGHT
+  const [width, height] = name.split("_")[1].split("x");
+  return el("img", {
+    src: `${folder}/${name}.jpg`, alt: labelOf(photo), width, height,
+    loading: folder === "t" ? "lazy" : "eager", decoding: "async",
+  });
+}
+
+function draw() {
+  if (!dim) return;
+  if (box.value !== state.text) box.value = state.text; // writing it would move the caret
+  countBox.value = state.count;
+  document.title = state.text ? `${tame(state.text)} – ${title}` : title;
+  const wanted = JSON.stringify([state.text, state.count, photos.count]);
+  if (wanted !== drawn) drawSearch();
+  drawn = wanted;
+  drawPhoto();
+}
+
+function drawSearch() {
+  const query = encode(state.text);
+  const known = query.ids.some((id) => id !== UNKNOWN);
+  const started = performance.now();
+  if (known) results = bestPhotos(query.vector, state.count);
+  else results = query.words.length ? [] : samplePhotos();
+  const took = performance.now() - started;
+  drawIntro(!state.text.trim());
+  drawNotes(query, known);
+  drawResults(query, known);
+  get("time").textContent = known ? `${number(photos.count)} scored in ${took.toFixed(1)} ms` : "";
+}
+
+// Something to look at before anything is typed: every so many-th photo.
+function samplePhotos() {
+  const shown = Math.min(state.count, photos.total);
+  return Array.from({ length: shown }, (_, i) => Math.floor((i * photos.total) / shown))
+    .filter((photo) => photo < photos.count)
+    .map((photo) => ({ photo }));
+}
+
+function statusLine(query, known) {
+  const all = photos.count < photos.total
+    ? `the first ${number(photos.count)} of ${number(photos.total)} photos (the rest is loading)`
+    : `${number(photos.total)} photos`;
+  if (known) return `The ${results.length} best of ${all}`;
+  if (!query.words.length) return `${results.length} of ${all}`;
+  return query.words.length > 1
+    ? "The model has learned none of these words, so there is nothing to rank by."
+    : "The model has not learned this word, so there is nothing to rank by.";
+}
+
+function drawIntro(shown) {
+  const intro = get("intro");
+  intro.hidden = !shown;
+  if (!shown || intro.hasChildNodes()) return;
+  intro.append(
+    el("p", { class: "lead" }, "Say in a few words what a picture shows."),
+    el("p", {}, `${number(photos.total)} photos are ranked by how well they fit, as you type. `
+      + `The model knows ${number(vocabulary.ids.size)} words, not their order.`),
+    el("ul", { class: "examples", "aria-label": "Examples" }, ...examples.map((text) =>
+      el("li", {}, el("a", { href: addressOf({ text, photo: "" }) }, bdi(text))))),
+  );
+}
+
+function drawNotes(query, known) {
+  const notes = [[statusLine(query, known)]];
+  const unknown = [...new Set(query.words.filter((_, i) => query.ids[i] === UNKNOWN))];
+  if (state.text.trim() && !query.words.length) {
+    notes.push(["There is no word in this"]);
+  }
+  for (const word of unknown.slice(0, 4)) {
+    const near = nearWords(word).map((other) => {
+      // Only the word at fault changes; the others stand as the model reads them.
+      const text = splitWords(state.text).map((w) => (w === word ? other : w)).join(" ");
+      return el("a", { href: addressOf({ text, photo: "" }) }, bdi(other));
+    });
+    notes.push([el("span", { class: "unknown" }, el("span", { class: "word" }, bdi(word))),
+      " is unknown", ...(near.length ? [", nearest: ", ...near] : [])]);
+  }
+  if (unknown.length > 4) notes.push([`${unknown.length - 4} more unknown`]);
+  if (query.leftOut) {
+    notes.push([`Only the first ${contextLength} words count, ${number(query.leftOut)} left out`]);
+  }
+  get("notes").classList.toggle("lost", query.words.length > 0 && !known);
+  get("notes").replaceChildren(...notes.map((note) => el("p", {}, ...note)));
+}
+
+function drawResults(query, known) {
+  const shares = results.map(({ photo }) => (known ? sharesOf(query, photo) : []));
+  const largest = Math.max(...shares.flat().map(Math.abs), 1e-9);
+  const shown = new Set(results.map(({ photo }) => photo));
+  for (const photo of cards.keys()) if (!shown.has(photo)) cards.delete(photo);
+  list.classList.toggle("ranked", known);
+  list.replaceChildren(...results.map(({ photo, score }, i) => {
+    if (!cards.has(photo)) cards.set(photo, newCard(photo));
+    const card = cards.get(photo);
+    const [link, line] = card.children;
+    link.setAttribute("href", addressOf({ photo: photos.names[photo] }));
+    const rank = known ? [el("span", { class: "rank" }, `${i + 1}`),
+      el("span", { class: "score" }, score.toFixed(3))] : [];
+    line.replaceChildren(...rank);
+    card.lastChild.replaceChildren(...shareItems(query, shares[i], largest, 2));
+    card.lastChild.classList.toggle("many", query.words.length > 10);
+    return card;
+  }));
+}
+
+function newCard(photo) {
+  return el("li", { class: "card" },
+    el("a", {}, picture(photo, "t")),
+    el("p", { class: "line" }),
+    // The link is already called by the caption: hidden here, or it would be read twice.
+    el("p", { class: "caption", "aria-hidden": "true" }, bdi(labelOf(photo))),
+    el("ul", { class: "shares", "aria-label": "Share of each word in the score" }));
+}
+
+function shareItems(query, shares, largest, digits) {
+  return shares.map((share, i) => {
+    const unknown = query.ids[i] === UNKNOWN ? " unknown" : "";
+    const item = el("li", { class: (share < 0 ? "minus" : "plus") + unknown },
+      el("span", { class: "word" }, bdi(query.words[i])), " ",
+      el("span", { class: "value" }, signed(share, digits)));
+    item.style.setProperty("--size", Math.abs(share) / largest);
+    return item;
+  });
+}
+
+function drawPhoto() {
+  const photo = state.photo ? photos.names.indexOf(state.photo) : -1;
+  if (photo < 0) {
+    drawnPhoto = "";
+    dialog.close();
+    if (state.photo && photos.count === photos.total) {
+      get("notes").append(el("p", {}, "There is no photo called ", bdi(state.photo), " here"));
+      state.photo = "";
+    }
+    return;
+  }
+  if (drawnPhoto === drawn + state.photo) return;
+  drawnPhoto = drawn + state.photo;
+  lastPhoto = photo;
+  const full = picture(photo, "f");
+  // The thumbnail, already there, until the full size has come.
+  full.style.backgroundImage = `url("t/${photos.pictures[photo]}.jpg")`;
+  const heading = el("h2", { id: "photo-title", tabindex: "-1" }, bdi(labelOf(photo)));
+  dialog.replaceChildren(
+    el("div", { class: "frame" }, full),
+    el("div", { class: "about" }, heading, ...captionItems(photo), ...scoreItems(photo),
+      el("p", { class: "name" }, bdi(photos.names[photo]))),
+    el("section", { class: "alike", "aria-label": "Photos most like this" },
+      el("h3", {}, "Most like this"),
+      el("ul", {}, ...photosLike(photo, ALIKE).map(({ photo: other, score }) =>
+        el("li", {}, el("a", { href: addressOf({ photo: photos.names[other] }) },
+          picture(other, "t"), el("span", { class: "score" }, score.toFixed(2))))))),
+    el("nav", { "aria-label": "Photo" },
+      stepButton(photo, -1, "Previous photo", "‹"), stepButton(photo, 1, "Next photo", "›"),
+      el("button", { type: "button", "data-close": "", "aria-label": "Close" }, "×")),
+  );
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+  heading.focus();
+}
+
+function captionItems(photo) {
+  const others = photos.captions[photo].slice(1);
+  return others.length ? [el("ul", { class: "captions", "aria-label": "More captions" },
+    ...others.map((caption) => el("li", {}, bdi(prose(caption)))))] : [];
+}
+
+function scoreItems(photo) {
+  const query = encode(state.text);
+  if (query.ids.every((id) => id === UNKNOWN)) return [];
+  const shares = sharesOf(query, photo);
+  const total = shares.reduce((sum, share) => sum + share, 0);
+  const rank = results.findIndex((result) => result.photo === photo) + 1;
+  return [
+    el("h3", {}, "Why this picture? ", el("span", { class: "score" }, total.toFixed(3)),
+      rank ? ` rank ${rank}` : ""),
+    el("ul", { class: "bars", "aria-label": "Share of each word in the score" },
+      ...shareItems(query, shares, Math.max(...shares.map(Math.abs), 1e-9), 3)),
+  ];
+}
+
+// ---- Hands on it --------------------------------------------------------------------------------
+
+function neighbour(photo, step) {
+  const at = results.findIndex((result) => result.photo === photo);
+  return at < 0 ? undefined : results[at + step]?.photo;
+}
+
+function stepButton(photo, step, label, sign) {
+  const to = neighbour(photo, step);
+  const button = el("button", { type: "button", "data-step": step, "aria-label": label }, sign);
+  button.disabled = to === undefined;
+  return button;
+}
+
+function stepPhoto(step) {
+  const to = neighbour(photos.names.indexOf(state.photo), step);
+  // Replaced: closing should not have to walk back through all of them.
+  if (to !== undefined) go({ photo: photos.names[to] }, { replace: true, opened: openedBefore() });
+}
+
+box.addEventListener("input", () => {
+  go({ text: box.value, photo: "" }, { replace: typing });
+  typing = true;
+});
+box.addEventListener("change", () => (typing = false)); // Enter, or the box was left
+document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
+
+countBox.append(...COUNTS.map((count) => el("option", { value: count }, `${count}`)));
+countBox.addEventListener("change", () => go({ count: Number(countBox.value) }));
+
+addEventListener("popstate", () => {
+  state = readAddress();
+  typing = false;
+  schedule();
+});
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest('a[href^="#"]');
+  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+    event.preventDefault();
+    typing = false;
+    const parts = new URLSearchParams(link.getAttribute("href").slice(1));
+    const photo = parts.get("photo") ?? "";
+    go({ text: parts.get("q") ?? "", photo }, { opened: photo ? openedBefore() + 1 : 0 });
+    if (!photo) box.focus();
+  }
+  const step = event.target.closest("[data-step]");
+  if (step) stepPhoto(Number(step.dataset.step));
+  // The dialog itself is hit only beside what it holds.
+  if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+});
+
+// This comes a little later than the closing, which may have been the address's doing (then nothing
+// is drawn), and with the next photo perhaps open already.
+dialog.addEventListener("close", () => {
+  if (!dialog.open) cards.get(lastPhoto)?.firstChild.focus(); // not the one first opened
+  if (drawnPhoto && !dialog.open) closePhoto();
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  const links = [...list.querySelectorAll(".card > a")];
+  const at = links.indexOf(document.activeElement);
+  const columns = getComputedStyle(list).gridTemplateColumns.split(" ").length;
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+  const step = steps[event.key];
+  if (dialog.open) {
+    if (event.key === "ArrowLeft" || event.key === "ArrowRight") stepPhoto(step);
+  } else if (event.key === "/" && document.activeElement !== box) {
+    event.preventDefault();
+    box.select();
+  } else if (event.key === "ArrowDown" && document.activeElement === box) {
+    event.preventDefault();
+    links[0]?.focus();
+  } else if (at >= 0 && step) {
+    event.preventDefault();
+    if (at + step < 0 && event.key === "ArrowUp") box.focus();
+    else links[at + step]?.focus();
+  }
+});
+
+// A data file that did not come: say so, instead of searching a part in silence.
+addEventListener("error", ({ target }) => {
+  if (target.tagName !== "SCRIPT") return;
+  get("missing").hidden = false;
+  get("missing").append(el("p", {}, `Missing: ${target.getAttribute("src")}. This page is not `
+    + "whole: copy its whole folder, or write it anew."));
+}, true);
