@@ -149,15 +149,15 @@ def main(argv: list[str] | None = None) -> int:
     # Optimiser. Steps an epoch are all but the same in every epoch, since the batches are full.
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
     scaler = grad_scaler(device)
+    flags = {name: str(value) if isinstance(value, Path) else value
+             for name, value in vars(args).items()}
     log: list[dict] = []
     if args.resume:
-        log = resume(results.last, model, tokenizer, optimizer, scaler)
+        log = resume(results.last, model, tokenizer, optimizer, scaler, flags)
         print(f"resumed after epoch {len(log)}")
     n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
     scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule,
                                done_steps=log[-1]["steps"] if log else 0)
-    flags = {name: str(value) if isinstance(value, Path) else value
-             for name, value in vars(args).items()}
     write_atomic(results.folder / "args.json", json.dumps(flags, indent=2).encode())
 
     # Loop. The best epoch is the one with the highest rsum, over the whole log: a resumed run
@@ -196,14 +196,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def resume(
     path: Path, model: DualEncoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scaler: torch.amp.GradScaler, flags: dict,
 ) -> list[dict]:
     """Put a run back to where its last finished epoch left it; returns its log.
 
     The optimiser gets its moments back and keeps the rate and decay that this run was given.
 
     Raises:
-        UserError: there is no such run, or it had another model or vocabulary.
+        UserError: there is no such run, or it had another model, vocabulary or split.
     """
     if not path.exists():
         raise UserError(f"--resume needs {path}, and there is none: start without --resume")
@@ -213,6 +213,13 @@ def resume(
             f"{path} was trained with another model or vocabulary ({earlier.config}); give the "
             "flags and the data that it was started with, or another --results-dir"
         )
+    # Another split would train on photos that validated so far, and call the recall progress.
+    changed = [f"--{name.replace('_', '-')} was {content['args'][name]}, is {flags[name]}"
+               for name in ("seed", "val_fraction", "max_images")
+               if content["args"][name] != flags[name]]
+    if changed:
+        raise UserError(f"{path} was trained on another split: {'; '.join(changed)}; give the "
+                        "flags that it was started with, or another --results-dir")
     model.load_state_dict(content["model_state"])
     own_groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**content["optimizer_state"], "param_groups": own_groups})

@@ -58,8 +58,9 @@ def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]
 def export_image_encoder(path: Path, model: DualEncoder) -> None:
     """Write the image tower with all that is needed to rebuild and feed it.
 
-    `backbone_state` loads into `EfficientNet.from_name(name, include_top=False)`; the embedding of
-    a photo is `projection @ features`, normalised. Raises UserError as `save_checkpoint`.
+    `backbone_state` loads into `EfficientNet.from_name(name, include_top=False,
+    image_size=image_size)`, whose padding depends on that size; the embedding of a photo is
+    `projection @ features`, normalised. Raises UserError as `save_checkpoint`.
     """
     config = model.config
     save_tensors(path, {

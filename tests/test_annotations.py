@@ -120,7 +120,7 @@ CAPTION = st.text(st.characters(exclude_categories=("C", "Z"), include_character
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(added=st.lists(st.lists(CAPTION, min_size=1, max_size=6), max_size=3))
+@given(added=st.lists(st.lists(CAPTION, min_size=1, max_size=3), max_size=2))
 def test_any_captions_come_back_from_every_format(tmp_path: Path, added: list[list[str]]) -> None:
     """Whatever captions hold - quotes, pipes, commas, other scripts - each format returns them."""
     world = WORLD + [(f"new {i}.jpg", captions) for i, captions in enumerate(added)]
@@ -242,6 +242,35 @@ def test_halves_of_surrogate_pairs_are_replaced(
     assert read_.records[0].captions == ("A \ufffd dog",) and len(read_.recovered) == 1
     read_ = read(tmp_path, '{"images": [{"filename": "\\ud800", "sentences": [{"raw": "x"}]}]}')
     assert read_.records[0].name == "\ufffd"
+
+
+def test_a_photo_of_unknown_split_loses_all_its_captions(tmp_path: Path) -> None:
+    """Each of them is counted, since each is a row that no record holds."""
+    photo = {"filename": "a.jpg", "split": "?", "sentences": [{"raw": "x"}] * 5}
+    read_ = read(tmp_path, json.dumps({"images": [photo]}))
+    assert (read_.records, read_.rows, len(read_.rejected)) == ([], 5, 5)
+
+
+def test_a_folder_in_karpathys_file_is_part_of_the_name(tmp_path: Path) -> None:
+    """COCO's photos lie in folders, which it names apart."""
+    photo = {"filepath": "val2014", "filename": "a.jpg", "sentences": [{"raw": "x"}]}
+    assert read(tmp_path, json.dumps({"images": [photo]})).records[0].name == "val2014/a.jpg"
+    photo["filepath"] = ".."
+    assert "leads out" in read(tmp_path, json.dumps({"images": [photo]})).rejected[0].reason
+
+
+@pytest.mark.parametrize("before", ["", "{header}"])
+@pytest.mark.parametrize(("header", "row"), [
+    ("image_name| comment_number| comment", "a.jpg| 0| A dog ."),
+    ("image,caption", "a.jpg,A dog ."),
+])
+def test_a_header_comes_once_and_first(
+    tmp_path: Path, header: str, row: str, before: str
+) -> None:
+    """Blank lines may stand before it; the same line further down is a row, and a bad one."""
+    read_ = read(tmp_path, f"\n{before.format(header=header)}\n{row}\n{header}\n{row}")
+    assert read_.records == [ImageRecord("a.jpg", ("A dog .", "A dog ."))] and read_.rows == 3
+    assert [remark.where for remark in read_.rejected] == ["line 4"]
 
 
 def test_one_photo_has_one_split(tmp_path: Path) -> None:

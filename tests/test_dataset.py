@@ -98,6 +98,13 @@ def test_the_order_depends_on_seed_and_epoch() -> None:
     assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
 
 
+def test_photos_meet_others_each_time_within_an_epoch() -> None:
+    """The five batches that a photo comes in do not hold the same companions."""
+    batches = dataset([5] * 12).epoch(4, 1, seed=0, epoch=1)
+    assert len(batches) == 15
+    assert len({frozenset(photo for photo, _ in items) for items in batches}) > 10
+
+
 def test_a_batch_holds_what_its_items_say() -> None:
     """Pixels, tokens and image_index belong together, row by row."""
     data = dataset(UNEVEN)

@@ -376,6 +376,31 @@ def test_a_photo_that_changed_is_not_believed_half_decoded(
     check(PixelStore.build(store, photos, NAMES, 9), photos, NAMES)
 
 
+def test_the_journal_vouches_only_for_pixels_on_the_disk(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power may go at any moment: no line is in the journal before its pixels are flushed."""
+    data, journal = tmp_path / "s" / "pixels_9.uint8", tmp_path / "s" / "pixels_9.jsonl"
+    write, fsync, written, flushed = os.pwrite, os.fsync, [], [0]
+
+    def counting_write(file: int, pixels: memoryview, offset: int) -> int:
+        written.append(offset)
+        return write(file, pixels, offset)
+
+    def checking_fsync(file: int) -> None:
+        if data.exists() and os.fstat(file).st_ino == data.stat().st_ino:
+            flushed.append(len(written))
+        if journal.exists():
+            assert len(journal.read_text().splitlines()) <= flushed[-1]
+        fsync(file)
+
+    monkeypatch.setattr(src.pixels, "CHUNK", 3)
+    monkeypatch.setattr(src.pixels.os, "pwrite", counting_write)
+    monkeypatch.setattr(src.pixels.os, "fsync", checking_fsync)
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    assert flushed == [0, 3, 6, 9, 11]
+
+
 @pytest.mark.parametrize("line", [
     "", "null", "3", "[]", "{}", '{"name": "0.png"}', '{"name": "0.png", "row": 1}',
     '{"name": "0.png", "row": "1", "signature": [], "error": ""}', '{"name": "0.png", "row": 0, "s',
