@@ -90,7 +90,7 @@ def write_page(
     data = {"data/words.js": _script("addWords", {
         "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
         "examples": example_queries(words, [captions[i] for i in kept]),
-        **_quantised(word_embeddings),
+        **quantise(word_embeddings),
     })}
     for start in range(0, len(kept), PHOTOS_PER_FILE):
         block = kept[start:start + PHOTOS_PER_FILE]
@@ -98,7 +98,7 @@ def write_page(
             "names": [_well_formed(names[i]) for i in block],
             "captions": [[_well_formed(caption) for caption in captions[i]] for i in block],
             "pictures": [pictures[i] for i in block],
-            **_quantised(image_embeddings[block]),
+            **quantise(image_embeddings[block]),
         })
     for name, content in data.items():
         parts[name] = _write(folder, name, content)
@@ -175,7 +175,7 @@ def _write_picture(folder: Path, digest: str, photo: Path) -> tuple[str, str]:
     return name, ""
 
 
-def _quantised(rows: np.ndarray) -> dict[str, str]:
+def quantise(rows: np.ndarray) -> dict[str, str]:
     """(n, D) float32 -> int8 codes and a float32 scale for each row, both in base64.
 
     A quarter of the bytes: cosines move by 0.001 or so, which costs a rank where two photos were

@@ -1,0 +1,136 @@
+"""The page: bytes, milliseconds a query in real Chromium, and what int8 costs in recall.
+
+    python -m benchmarks.page            # needs chromium and selenium; recall needs train.py --demo
+
+Embeddings, words and captions are random but for the recall: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.search import N_FLICKR30K, unit_rows
+from benchmarks.timing import installed, machine
+from src.checkpoint import load_checkpoint
+from src.dataset import Flickr30kDataset, open_source
+from src.metrics import retrieval_metrics
+from src.page import quantise, write_page
+from src.pixels import PixelStore, store_size, write_image
+from src.retrieval import embed_images, embed_tokens
+
+N_WORDS = 10_000
+QUERY = "word5 word77 word301 word4000 word9 word12"
+MEASURE = """
+const query = encode(arguments[0]);
+const median = (run, repeats) => {
+  const times = [];
+  for (let i = 0; i < repeats; i++) {
+    const start = performance.now(); run(); times.push(performance.now() - start);
+  }
+  times.sort((a, b) => a - b);
+  return [times[0], times[repeats >> 1], times[repeats - 1]];
+};
+const score = median(() => bestPhotos(query.vector, 24), 41);
+const thousand = median(() => { for (let i = 0; i < 1000; i++) encode(arguments[0]); }, 9);
+return {score, encode_us: thousand[1]};
+"""
+
+
+def chromium():  # noqa: ANN201 (selenium is optional)
+    """A headless browser with a profile of its own."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update",
+                 "--disable-sync", f"--user-data-dir={tempfile.mkdtemp()}"):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+def queries(folder: Path) -> None:
+    """Size and speed of pages of growing numbers of photos, each with five captions."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    picture = folder / "picture.png"
+    write_image(picture, np.zeros((48, 64, 3), np.uint8))
+    words = ["<pad>", "<unk>"] + [f"word{i}" for i in range(N_WORDS)]
+    vectors = unit_rows(len(words), seed=1)
+    browser = chromium()
+    print("\nphotos      data/, MB    score all and take 24, ms     encode a text, us")
+    for count in (1_000, N_FLICKR30K, 100_000):
+        page = folder / str(count)
+        captions = [[f"{QUERY} number {i} of photo {n}" for i in range(5)] for n in range(count)]
+        written = write_page(
+            page, words=words, word_embeddings=vectors, context_length=32,
+            names=[f"{i}.jpg" for i in range(count)], image_embeddings=unit_rows(count),
+            captions=captions, photos=[picture] * count, progress=False)
+        browser.get((page / "index.html").as_uri())
+        WebDriverWait(browser, 120, 0.1).until(lambda b, n=count: b.execute_script(
+            "return typeof photos !== 'undefined' && photos.count === arguments[0]", n))
+        seen = browser.execute_script(MEASURE, QUERY)
+        low, middle, high = seen["score"]
+        print(f"{count:7,}   {written['data_bytes'] / 1e6:8.1f}      "
+              f"{middle:6.1f} ({low:.1f} to {high:.1f})           {seen['encode_us']:8.1f}")
+    words_bytes = (page / "data" / "words.js").stat().st_size
+    print(f"words.js with {N_WORDS:,} words: {words_bytes / 1e6:.2f} MB; a photo's embedding: "
+          f"{written['photo_vector_bytes'] // count} bytes before base64")
+    browser.quit()
+
+
+def dequantised(rows: np.ndarray) -> torch.Tensor:
+    """Rows as the page has them: rounded to int8 with a scale each."""
+    coded = quantise(rows)
+    codes = np.frombuffer(base64.b64decode(coded["codes"]), np.int8).reshape(rows.shape)
+    scales = np.frombuffer(base64.b64decode(coded["scales"]), "<f4")
+    return torch.from_numpy(codes * scales[:, None])
+
+
+def recall(checkpoint: Path) -> None:
+    """The demo's validation recall with float32 and with the page's int8 vectors."""
+    model, tokenizer, content = load_checkpoint(checkpoint)
+    data = Path("data/demo")
+    source = open_source(data / "images", data / "annotations" / "annotations.csv", 0.1,
+                         content["args"]["seed"])
+    records = source.splits["val"]
+    store = PixelStore.build(data, data / "images", [r.name for r in records],
+                             store_size(model.config.image_size))
+    dataset = Flickr30kDataset(records, store, tokenizer)
+    photos = embed_images(model, dataset)
+    exact = retrieval_metrics(photos, embed_tokens(model, dataset.tokens), dataset.image_index)
+    vectors = dequantised(model.word_embeddings().numpy())
+    texts = torch.nn.functional.normalize(vectors[dataset.tokens].sum(1), dim=1)
+    rounded = retrieval_metrics(dequantised(photos.numpy()), texts, dataset.image_index)
+    print("\nrecall of the demo's validation pictures, float32 -> the page's int8")
+    for name in exact:
+        if "R@" in name or name == "rsum":
+            print(f"  {name:22} {exact[name]:6.1f} -> {rounded[name]:6.1f}")
+
+
+def main() -> int:
+    """Print both tables, or what is missing for them."""
+    print(machine())
+    if installed("selenium") and shutil.which("chromium") and shutil.which("chromedriver"):
+        with tempfile.TemporaryDirectory() as folder:
+            queries(Path(folder))
+    else:
+        print("not measured: chromium, chromedriver or selenium is missing")
+    checkpoint = Path("results/demo/models/flickr30k_clip_best.pth")
+    if checkpoint.exists():
+        recall(checkpoint)
+    else:
+        print("not measured: recall needs python train.py --demo")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
