@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from src.annotations import read_annotations
 from src.checkpoint import load_checkpoint
 from src.cli import (
     Data,
@@ -181,8 +182,6 @@ def answer_image(
 
 def known_captions(data: Data) -> dict[str, tuple[str, ...]]:
     """Photo name -> its captions, where there is a caption file."""
-    from src.annotations import read_annotations  # brings pandas, which a text query does not need
-
     if not data.annotations.exists():
         return {}
     return {record.name: record.captions for record in read_annotations(data.annotations).records}
@@ -240,6 +239,8 @@ def write(
         captions=[list(captions.get(name, ())) for name in index.names],
         photos=[data.images / name for name in index.names],
     )
+    for name, reason in written["skipped"]:
+        print(f"left out of the page: {name}: {reason}", file=sys.stderr)
     print(f"a page that searches {written['photos']:,} photos by itself: {page / 'index.html'}")
 
 

@@ -16,8 +16,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from src.checkpoint import load_checkpoint, save_checkpoint
 from src.cli import (
@@ -47,6 +46,9 @@ from src.report import plot_examples, print_metrics, write_rejected
 from src.retrieval import evaluate_retrieval
 from src.runtime import grad_scaler, pick_device, seed_all
 from src.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # src/__init__.py is to come before torch
+    import torch
 
 # From random weights, on pictures of 64 pixels: another task than fine-tuning, so another recipe.
 DEMO = dict(weights="none", image_size=64, epochs=10, lr=3e-3, schedule="cosine", warmup_steps=20,

@@ -14,7 +14,7 @@ from src.metrics import retrieval_metrics
 from src.model import DualEncoder
 from src.runtime import autocast
 
-if TYPE_CHECKING:  # its import brings pandas, which a search does not need
+if TYPE_CHECKING:  # for the annotation alone; a search does not need that room
     from src.dataset import Flickr30kDataset
 
 BATCH_SIZE = 128

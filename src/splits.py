@@ -40,7 +40,7 @@ def split_by_image(
 def limit_images(
     splits: dict[str, list[ImageRecord]], max_images: int, seed: int
 ) -> dict[str, list[ImageRecord]]:
-    """At most `max_images` photos in all, each split keeping its share and at least one photo."""
+    """About `max_images` photos in all: each split keeps its rounded share, and at least one."""
     total = sum(len(records) for records in splits.values())
     limited = {}
     for split, records in splits.items():

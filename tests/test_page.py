@@ -663,7 +663,7 @@ def test_the_address_restores_everything(visitor: Visitor, album: Path) -> None:
     assert visitor.opened() and visitor.text("#photo h2") == "a red star"
     visitor.keys(Keys.ESCAPE)
     visitor.until(lambda: not visitor.opened())
-    assert visitor.fragment() == "#q=yellow square&n=12"
+    visitor.until(lambda: visitor.fragment() == "#q=yellow square&n=12")  # after the close event
     assert visitor.browser.title.startswith("yellow square")
 
 

@@ -137,7 +137,8 @@ function drawSearch() {
   drawIntro(!state.text.trim());
   drawNotes(query, known);
   drawResults(query, known);
-  get("time").textContent = known ? `${number(photos.count)} scored in ${took.toFixed(1)} ms` : "";
+  const time = took < 1 ? "less than 1 ms" : `${took.toFixed(0)} ms`;
+  get("time").textContent = known ? `${number(photos.count)} scored in ${time}` : "";
 }
 
 // Something to look at before anything is typed: every so many-th photo.
