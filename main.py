@@ -31,9 +31,10 @@ from src.cli import (
 from src.dataset import Source, open_source
 from src.errors import run_script
 from src.image_encoder import IMAGE_ENCODERS
+from src.image_file import load_square
 from src.loss import contrastive_loss
 from src.model import DualEncoder, ModelConfig
-from src.pixels import load_square, store_size
+from src.pixels import store_size
 from src.report import remarks_of
 from src.runtime import seed_all
 from src.tokenizer import Tokenizer, split_words

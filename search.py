@@ -35,9 +35,10 @@ from src.cli import (
 )
 from src.errors import UserError, run_script
 from src.files import fingerprint
+from src.image_file import load_image, load_square
 from src.index import ImageIndex, update_index
 from src.model import DualEncoder
-from src.pixels import load_image, load_square, store_size
+from src.pixels import store_size
 from src.query import TextQuery, embed_queries, spelling_hints
 from src.retrieval import embed_pixels, embed_tokens
 from src.runtime import pick_device

@@ -20,9 +20,10 @@ from benchmarks.search import N_FLICKR30K, unit_rows
 from benchmarks.timing import installed, machine
 from src.checkpoint import load_checkpoint
 from src.dataset import Flickr30kDataset, open_source
+from src.image_file import write_image
 from src.metrics import retrieval_metrics
 from src.page import quantise, write_page
-from src.pixels import PixelStore, store_size, write_image
+from src.pixels import PixelStore, store_size
 from src.retrieval import embed_images, embed_tokens
 
 N_WORDS = 10_000

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.timing import installed, interleaved, machine, ratio, seconds, spread
 from src.checkpoint import save_checkpoint
+from src.image_file import write_image
 from src.index import ImageIndex, update_index
 from src.model import DualEncoder, ModelConfig
-from src.pixels import write_image
 from src.query import embed_queries
 from src.tokenizer import Tokenizer
 

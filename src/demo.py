@@ -17,7 +17,7 @@ import numpy as np
 
 from src.errors import UserError
 from src.files import write_atomic
-from src.pixels import write_image
+from src.image_file import write_image
 
 VERSION = 1  # raise it when the same seed would draw another world
 SIDE = 128  # pixels

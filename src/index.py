@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from src.errors import UserError
 from src.files import exclusive_lock, write_atomic
+from src.image_file import load_square
 from src.model import DualEncoder
-from src.pixels import load_square, store_size
+from src.pixels import store_size
 from src.retrieval import embed_pixels
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from src.errors import UserError
 from src.files import write_atomic
-from src.pixels import load_image, write_image
+from src.image_file import load_image, write_image
 from src.tokenizer import split_words
 
 ASSETS = Path(__file__).with_name("page_assets")

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.annotations import FORMATS, Annotations, ImageRecord, read_annotations
+from src.annotations import Annotations, ImageRecord, read_annotations
+from src.caption_formats import FORMATS
 from src.errors import UserError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "annotation_samples"

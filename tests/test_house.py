@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted((ROOT / "src").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 DOORS = {
-    "PIL": {"pixels"}, "efficientnet_pytorch": {"image_encoder"},
+    "PIL": {"image_file"}, "efficientnet_pytorch": {"image_encoder"},
     "matplotlib": {"plots"}, "fcntl": {"files"}, "http": {"page", "image_encoder"},
 }
 

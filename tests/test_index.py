@@ -13,9 +13,10 @@ from PIL import Image
 import src.index
 from src.errors import UserError
 from src.files import write_atomic
+from src.image_file import load_square
 from src.index import ImageIndex, find_photos, update_index
 from src.model import DualEncoder, ModelConfig
-from src.pixels import load_square, store_size
+from src.pixels import store_size
 from src.retrieval import embed_pixels
 
 

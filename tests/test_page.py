@@ -24,8 +24,8 @@ from PIL import Image
 
 from src import page
 from src.errors import UserError
+from src.image_file import load_image
 from src.page import example_queries, serve_page, write_page
-from src.pixels import load_image
 from src.tokenizer import split_words
 
 ROOT = Path(__file__).resolve().parents[1]

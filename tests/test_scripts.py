@@ -16,7 +16,7 @@ import train
 import train_image_only
 from src.checkpoint import load_checkpoint
 from src.errors import UserError, run_script
-from src.pixels import load_image
+from src.image_file import load_image
 
 TIMINGS = {"seconds", "pairs_per_second", "wait_share", "validation_seconds"}
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"

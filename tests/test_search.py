@@ -17,8 +17,9 @@ import search
 from src.annotations import read_annotations
 from src.checkpoint import load_checkpoint, save_checkpoint
 from src.errors import UserError
+from src.image_file import load_image, load_square
 from src.model import DualEncoder, ModelConfig
-from src.pixels import load_image, load_square, store_size
+from src.pixels import store_size
 from src.retrieval import embed_pixels
 from src.splits import split_by_image
 from src.tokenizer import Tokenizer
