@@ -37,13 +37,18 @@ class Remark:
 
 @dataclass
 class Annotations:
-    """What a caption file held. `rows` counts captions: rows == captions in records + rejected."""
+    """What a caption file held. `rows` counts captions: rows == captions in records + rejected.
+
+    Recovered and repeated captions are in the records. A photo that says the same twice keeps both:
+    two people may have written it, and published recall counts every caption.
+    """
 
     format: str
     records: list[ImageRecord]
     rows: int
     recovered: list[Remark] = field(default_factory=list)
     rejected: list[Remark] = field(default_factory=list)
+    repeated: list[Remark] = field(default_factory=list)
 
     @property
     def has_split(self) -> bool:
@@ -83,10 +88,12 @@ class _Books:
 
     def __init__(self) -> None:
         self.captions: dict[str, list[str]] = {}
+        self.seen: dict[str, set[str]] = {}
         self.splits: dict[str, str] = {}
         self.rows = 0
         self.recovered: list[Remark] = []
         self.rejected: list[Remark] = []
+        self.repeated: list[Remark] = []
 
     def enter(self, row: Row) -> None:
         """Put one row's caption with its photo's, or the row with the rejected ones."""
@@ -112,6 +119,10 @@ class _Books:
             return
         if mended:
             self.recovered.append(Remark(row.where, name, mended, caption))
+        seen = self.seen.setdefault(name, set())
+        if clean in seen:
+            self.repeated.append(Remark(row.where, name, "the photo has this caption twice", clean))
+        seen.add(clean)
         self.captions.setdefault(name, []).append(clean)
 
     def close(self, layout: str) -> Annotations:
@@ -120,15 +131,18 @@ class _Books:
             ImageRecord(name, tuple(captions), self.splits[name])
             for name, captions in self.captions.items()
         ]
-        return Annotations(layout, records, self.rows, self.recovered, self.rejected)
+        return Annotations(
+            layout, records, self.rows, self.recovered, self.rejected, self.repeated)
 
 
 def _bad_name(name: str) -> str:
     """Why `name` cannot be a photo below the image folder; '' if it can."""
-    if not name:
+    if name in ("", "."):
         return "no photo name"
-    if "\x00" in name or "\\" in name:
-        return "photo name with a NUL or a backslash"
+    if "\ufffd" in name:
+        return "photo name that is not UTF-8"
+    if "\\" in name or CONTROL_CHARACTERS.search(name):
+        return "photo name with a backslash or a control character"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
         return "photo name that leads out of the image folder"
     return ""

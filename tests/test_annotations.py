@@ -171,7 +171,9 @@ def test_real_samples_of_one_data_set_agree(
 @pytest.mark.parametrize(("row", "reason"), [
     ("../../etc/passwd| 0| out", "leads out"), ("/etc/passwd| 0| out", "leads out"),
     ("C:/x.jpg| 0| out", "leads out"), ("a\\b.jpg| 0| out", "backslash"),
-    (" | 0| nobody", "no photo name"), ("a.jpg| 0|   ", "empty caption"),
+    (" | 0| nobody", "no photo name"), ("./| 0| the folder", "no photo name"),
+    ("a\x00.jpg| 0| NUL", "control"), ("\x1b[2J.jpg| 0| clears a screen", "control"),
+    ("caf\udce9.jpg| 0| Latin-1", "not UTF-8"), ("a.jpg| 0|   ", "empty caption"),
     ("a.jpg| 0| \x00\x01", "empty caption"), ("no pipes at all", "not a row"),
     ("a.jpg| five| words", "not a row"),
 ])
@@ -181,6 +183,30 @@ def test_bad_rows_are_rejected_with_a_reason(tmp_path: Path, row: str, reason: s
     assert read_.records == [ImageRecord("b.jpg", ("A cat .", "A dog ."))]
     assert read_.rows == 3 and len(read_.rejected) == 1
     assert reason in read_.rejected[0].reason and read_.rejected[0].where == "line 2"
+
+
+@pytest.mark.parametrize("write", [pipes, token, commas, hugging_face, karpathy])
+def test_repeated_captions_are_kept_and_named(
+    tmp_path: Path, write: Callable[[World], str]
+) -> None:
+    """A photo that says the same twice keeps both, in order; other photos may say it too."""
+    world = [("2.jpg", ["A dog .", "A cat .", "A dog .", "a dog ."]), ("10.jpg", ["A dog ."])]
+    read_ = read(tmp_path, write(world))
+    assert [(r.name, list(r.captions)) for r in read_.records] == world and read_.rejected == []
+    assert [(r.name, r.text) for r in read_.repeated] == [("2.jpg", "A dog .")]
+
+
+@pytest.mark.parametrize("write", [pipes, token, commas, hugging_face, karpathy])
+def test_scripts_signs_and_numbers_of_captions(
+    tmp_path: Path, write: Callable[[World], str]
+) -> None:
+    """Emoji, right-to-left text and combining marks come back; so do one caption and fifty."""
+    odd = ["\U0001f415 \U0001f3fb\u200d\u2642\ufe0f", "\u202e\u05db\u05dc\u05d1 \u0631\u0643\u0636",
+           "e\u0301te\u0301", "\u00a1!"]
+    world = [("2.jpg", odd), ("10.jpg", ["one"]), ("x y.png", [f"caption {i}" for i in range(50)])]
+    read_ = read(tmp_path, write(world))
+    assert [(r.name, list(r.captions)) for r in read_.records] == world
+    assert not read_.rejected and not read_.recovered and not read_.repeated
 
 
 def test_mended_captions_are_listed(tmp_path: Path) -> None:
@@ -243,7 +269,7 @@ def test_halves_of_surrogate_pairs_are_replaced(
     read_ = read(tmp_path, write([("2.jpg", ["A \ud83d dog"])]))
     assert read_.records[0].captions == ("A \ufffd dog",) and len(read_.recovered) == 1
     read_ = read(tmp_path, '{"images": [{"filename": "\\ud800", "sentences": [{"raw": "x"}]}]}')
-    assert read_.records[0].name == "\ufffd"
+    assert read_.records == [] and "not UTF-8" in read_.rejected[0].reason
 
 
 def test_a_photo_of_unknown_split_loses_all_its_captions(tmp_path: Path) -> None:
