@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from src.augment import IMAGENET_MEAN, IMAGENET_STD
 from src.errors import UserError
-from src.files import load_tensors, save_tensors
+from src.files import load_tensors, save_tensors, sync_folder
 from src.model import DualEncoder, ModelConfig
 from src.pixels import store_size
 from src.tokenizer import Tokenizer
@@ -32,6 +33,42 @@ def save_checkpoint(
         "config": asdict(model.config),
         **extra,
     })
+
+
+def rotate_checkpoint(
+    path: Path, previous: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
+) -> None:
+    """Write a checkpoint to `path` as `save_checkpoint`, and keep the one before as `previous`.
+
+    At every moment one of the two is whole: the new file is complete before the old one moves.
+
+    Raises:
+        UserError: the file cannot be written; both earlier files are intact.
+    """
+    new = path.with_name(f".{path.name}.new")
+    save_checkpoint(new, model, tokenizer, **extra)
+    if path.exists():
+        path.replace(previous)
+    new.replace(path)
+    sync_folder(path.parent)
+
+
+def load_newest_checkpoint(
+    path: Path, previous: Path
+) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
+    """Load `path`, or `previous` where `path` is damaged or gone; says so on standard error.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        loaded = load_checkpoint(previous)
+        print(f"note: {error}; the checkpoint before it is used: {previous}", file=sys.stderr)
+        return loaded
 
 
 def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:

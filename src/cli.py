@@ -32,8 +32,18 @@ class Results:
 
     @property
     def last(self) -> Path:
-        """The checkpoint of the last epoch, with all that --resume needs."""
+        """The newest checkpoint, with all that --resume needs."""
         return self.folder / "models" / "flickr30k_clip_last.pth"
+
+    @property
+    def previous(self) -> Path:
+        """The one that `last` was before, for the day that `last` is damaged."""
+        return self.folder / "models" / "flickr30k_clip_previous.pth"
+
+    @property
+    def earlier(self) -> Path:
+        """The best checkpoint of the run before this one."""
+        return self.folder / "models" / "flickr30k_clip_best_earlier.pth"
 
     @property
     def exported(self) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,22 +87,47 @@ def _present(images: Path, names: set[str]) -> set[str]:
 
 @dataclass
 class Batch:
-    """B distinct photos with M >= B of their captions.
+    """B distinct photos with M >= B of their captions, in the order of their photos.
+
+    Where several processes share a batch, each holds the photos and captions of its own `rows`, and
+    knows of the others' by number.
 
     Attributes:
-        pixels: (B, S, S, 3) uint8.
-        tokens: (M, L) int64.
-        image_index: (M,) int64, the row of each caption's photo.
+        images: (b, S, S, 3) uint8 pixels, or (b, F) float32 features of a frozen image encoder.
+        tokens: (m, L) int64.
+        image_index: (M,) int64, rising, the row in the whole batch of each caption's photo.
+        counts: captions of each of the B photos.
+        rows: which b of the B photos are here.
     """
 
-    pixels: torch.Tensor
+    images: torch.Tensor
     tokens: torch.Tensor
     image_index: torch.Tensor
+    counts: list[int]
+    rows: range
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True)
-                       for tensor in (self.pixels, self.tokens, self.image_index)))
+        """The same batch on `device`; to a GPU it goes while the host works on."""
+        return replace(self, **{
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            if device.type == "cuda" and tensor.device.type == "cpu" else tensor.to(device)
+            for name, tensor in (("images", self.images), ("tokens", self.tokens),
+                                 ("image_index", self.image_index))
+        })
+
+    def captions_of(self, rows: range) -> int:
+        """How many captions the photos `rows` of the whole batch have."""
+        return sum(self.counts[rows.start : rows.stop])
+
+    def pieces(self, size: int | None) -> list[tuple[slice, slice]]:
+        """What is here, cut after every `size` photos: places in `images` and in `tokens`."""
+        cuts = []
+        for start in range(0, len(self.rows), size or max(1, len(self.rows))):
+            stop = min(len(self.rows), start + (size or len(self.rows)))
+            first = self.captions_of(self.rows[:start])
+            cuts.append((slice(start, stop),
+                         slice(first, first + self.captions_of(self.rows[start:stop]))))
+        return cuts
 
 
 class Flickr30kDataset:
@@ -108,6 +135,7 @@ class Flickr30kDataset:
 
     Attributes:
         records: N image records whose photo could be decoded.
+        images, rows: photo i is images[rows[i]]: pixels of the store, or features.
         captions: M captions, photo after photo.
         image_index: (M,) int64, the row in `records` of each caption's photo.
         tokens: (M, L) int64, made once.
@@ -117,7 +145,7 @@ class Flickr30kDataset:
         self, records: list[ImageRecord], store: PixelStore, tokenizer: Tokenizer
     ) -> None:
         self.records = [record for record in records if record.name in store.rows]
-        self.store = store
+        self.images: np.ndarray | torch.Tensor = store.pixels
         self.rows = np.array([store.rows[record.name] for record in self.records], np.int64)
         self.captions = [caption for record in self.records for caption in record.captions]
         counts = torch.tensor([len(record.captions) for record in self.records], dtype=torch.int64)
@@ -129,16 +157,41 @@ class Flickr30kDataset:
         """Pairs of a photo and a caption."""
         return len(self.captions)
 
-    def pixels(self, images: np.ndarray) -> torch.Tensor:
-        """The stored squares of photos `images` (B,): (B, S, S, 3) uint8."""
-        return torch.from_numpy(self.store.pixels[self.rows[images]])
+    def digest(self) -> str:
+        """A digest of names and captions, to notice that a run goes on with other data."""
+        digest = hashlib.blake2b(digest_size=8)
+        for record in self.records:
+            digest.update(repr((record.name, record.captions)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
-    def batch(self, items: list[tuple[int, np.ndarray]]) -> Batch:
-        """The batch of `items`: (photo, which captions of all M) each."""
-        captions = torch.from_numpy(np.concatenate([captions for _, captions in items]))
-        image_index = torch.tensor([row for row, (_, chosen) in enumerate(items) for _ in chosen])
-        photos = np.array([photo for photo, _ in items])
-        return Batch(self.pixels(photos), self.tokens[captions], image_index)
+    def holding(self, images: np.ndarray | torch.Tensor) -> Flickr30kDataset:
+        """The same photos and captions with something else for pixels: row i for photo i.
+
+        Features of a frozen image encoder, or the pixels themselves on a GPU.
+        """
+        other = copy(self)
+        other.images, other.rows = images, np.arange(len(self.records))
+        return other
+
+    def pixels(self, photos: np.ndarray) -> torch.Tensor:
+        """The stored squares of `photos` (B,), (B, S, S, 3) uint8, or what stands for them."""
+        rows = self.rows[photos]
+        if isinstance(self.images, torch.Tensor):
+            return self.images[torch.from_numpy(rows).to(self.images.device, non_blocking=True)]
+        return torch.from_numpy(self.images[rows])
+
+    def batch(self, items: list[tuple[int, np.ndarray]], rows: range | None = None) -> Batch:
+        """The batch of `items`, (photo, which captions of all M) each; of it the photos `rows`."""
+        rows = range(len(items)) if rows is None else rows
+        mine = items[rows.start : rows.stop]
+        captions = np.concatenate([np.empty(0, np.int64), *(chosen for _, chosen in mine)])
+        counts = [len(chosen) for _, chosen in items]
+        return Batch(
+            self.pixels(np.array([photo for photo, _ in mine], np.int64)),
+            self.tokens[torch.from_numpy(captions)],
+            torch.repeat_interleave(torch.arange(len(items)), torch.tensor(counts)),
+            counts, rows,
+        )
 
     def epoch(
         self, batch_size: int, captions_per_image: int, seed: int, epoch: int

@@ -7,10 +7,12 @@ import fcntl
 import hashlib
 import io
 import os
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -26,21 +28,38 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _open_alone(temporary) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}"
         ) from error
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open `path`, empty, for this writer alone; a second one waits until the first is done.
+
+    The name is always the same, so what a killed writer left is written over, not left for ever.
+    """
+    while True:
+        file = open(path, "ab")  # not "wb", which would cut what another writer is at
+        with contextlib.suppress(FileNotFoundError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                return file
+        file.close()  # the other writer has renamed it meanwhile: it is in use under its name
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,14 +72,38 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold the lock file `path` while the block runs; a second process waits here for the first.
 
     The kernel lets go of the lock when the process ends, however it ends.
+
+    Args:
+        waiting: what to say on standard error before waiting for another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the one process that writes to `folder` while the block runs.
+
+    Raises:
+        UserError: another process is at it; it is let be.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {folder}: wait for it, or choose another "
+                            "place with --results-dir") from error
         yield
 
 
@@ -83,8 +126,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values onto the CPU. Code in the file is never run.
 
     Raises:
-        UserError: no such file, cut short, not such a file, or one that asks to run code.
+        UserError: no such file, cut short, not such a file, or one that asks to run code or for
+            more memory than the file is long.
     """
+    _refuse_packed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles; they are refused below, or harmless
@@ -101,3 +146,20 @@ def load_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than its own size: torch writes none, bombs are such.
+
+    Raises:
+        UserError: `path` is one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no archive, or a broken one, of which zipfile says anything at all
+        return
+    size = path.stat().st_size
+    if unpacked > size:
+        raise UserError(f"{path} has {size:,} bytes and unpacks to {unpacked:,}: "
+                        "it is not a file that this project wrote")

@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
                 rising from 0 at the first block to this at the last.
         """
         super().__init__()
-        self.name = name
+        self.name, self.image_size = name, image_size
         # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
         # few hundred steps evaluate with statistics of the weights that they end with.
         self.backbone = EfficientNet.from_name(
@@ -59,6 +59,15 @@ class ImageEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, F) features."""
         return self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
+
+    def freeze_batchnorm(self) -> None:
+        """Normalise with the running statistics from now on, until the next call of train().
+
+        Their scales and shifts go on learning.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
 
     def load_weights(self, weights: str) -> None:
         """Load 'imagenet' (downloaded once, then from torch's cache), 'none' or a file of weights.

@@ -51,8 +51,12 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images -> (B, embed_dim) float32 embeddings of unit length."""
-        return self.image_projection(self.image_encoder(images))
+        """(B, 3, H, W) normalised images -> (B, embed_dim) float32 embeddings of unit length.
+
+        Or from (B, F) features that the image encoder gave earlier, where it is frozen.
+        """
+        features = images if images.ndim == 2 else self.image_encoder(images)
+        return self.image_projection(features)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L) token ids -> (B, embed_dim) float32 embeddings, unit length (0 for no words)."""

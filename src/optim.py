@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+
+from src.model import DualEncoder
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: DualEncoder, lr: float, weight_decay: float, image_encoder_lr: float | None = None
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) that decays matrices only.
 
     Biases, BatchNorm's scales and logit_scale have fewer than two dimensions: pulling those to
     zero regularises nothing.
+
+    Args:
+        lr: of everything, or of all but the image encoder.
+        image_encoder_lr: of the image encoder, which may come with weights worth keeping; None for
+            `lr`.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    of_images = {id(p) for p in model.image_encoder.parameters()}
+    for is_image, rate in ((False, lr), (True, image_encoder_lr or lr)):
+        own = [p for p in model.parameters() if (id(p) in of_images) == is_image]
+        groups += [
+            {"params": [p for p in own if p.ndim >= 2], "lr": rate, "weight_decay": weight_decay},
+            {"params": [p for p in own if p.ndim < 2], "lr": rate, "weight_decay": 0.0},
+        ]
     return torch.optim.AdamW(groups, lr=lr)
 
 

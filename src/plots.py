@@ -27,7 +27,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(path: Path, log: list[dict]) -> None:
-    """Training loss and validation recall over the epochs of a log, one dict an epoch, as a PNG."""
+    """Training loss and validation recall over the epochs of a run's log, as a PNG."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in log]
@@ -36,8 +36,8 @@ def plot_curves(path: Path, log: list[dict]) -> None:
     for direction, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
         for k, style in ((1, ":"), (5, "--"), (10, "-")):
             name = f"{direction}_R@{k}"
-            right.plot(epochs, [line[name] for line in log], style, color=color, marker="o",
-                       markersize=3, label=f"{direction.replace('_', ' ')} R@{k}")
+            right.plot(epochs, [line["metrics"][name] for line in log], style, color=color,
+                       marker="o", markersize=3, label=f"{direction.replace('_', ' ')} R@{k}")
     right.set_title("validation recall, %", loc="left", color=INK, fontsize=11)
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

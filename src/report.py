@@ -44,13 +44,16 @@ def write_rejected(path: Path, source: Source, store: PixelStore | None = None) 
 
 
 def print_metrics(line: dict, is_best: bool = False) -> None:
-    """One epoch on one line."""
+    """One epoch of a run's log on one line."""
+    metrics, times = line["metrics"], line["time"]
     recalls = "   ".join(
-        f"{label} R@1/5/10 " + " / ".join(f"{line[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
-        + f", median rank {line[f'{direction}_median_rank']:.0f}"
+        f"{label} R@1/5/10 "
+        + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
+        + f", median rank {metrics[f'{direction}_median_rank']:.0f}"
         for label, direction in (("text->image", "text_to_image"), ("image->text", "image_to_text"))
     )
-    print(f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   rsum {line['rsum']:.1f}"
+    print(f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   rsum {metrics['rsum']:.1f}"
+          f"   {times['seconds']:.0f} s, {times['wait_share']:.1%} of it waiting for data"
           + ("   (best)" if is_best else ""))
 
 

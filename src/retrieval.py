@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from src.augment import eval_view
+from src.distributed import gather_rows, rank, shares
 from src.metrics import retrieval_metrics
 from src.model import DualEncoder
 from src.runtime import autocast
@@ -24,10 +25,12 @@ BATCH_SIZE = 128
 def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
     """Stored squares (B, S, S, 3) uint8 -> (B, D) float32 embeddings on the CPU.
 
-    The model is to be in eval mode.
+    Or from features (B, F) of a frozen image encoder. The model is to be in eval mode.
     """
     device = model.logit_scale.device
-    images = eval_view(pixels.to(device, non_blocking=True), model.config.image_size)
+    images = pixels.to(device, non_blocking=True)
+    if images.ndim == 4:
+        images = eval_view(images, model.config.image_size)
     with autocast(device):
         return model.encode_image(images).cpu()
 
@@ -41,15 +44,16 @@ def embed_tokens(model: DualEncoder, tokens: torch.Tensor, batch_size: int = 409
 
 
 def embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
-    """Each photo of a split once: (N, D) float32 embeddings on the CPU."""
+    """Each photo of a split once: (N, D) float32 embeddings on the CPU, in every process."""
     model.eval()
-    starts = range(0, len(dataset.records), BATCH_SIZE)
-    parts = []
-    for start in tqdm(starts, desc="embedding", unit="batch", leave=False, disable=None,
-                      file=sys.stderr):
-        photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
-        parts.append(embed_pixels(model, dataset.pixels(photos)))
-    return torch.cat(parts)
+    parts = shares(len(dataset.records))
+    own = parts[rank()]
+    embeddings = [torch.empty(0, model.config.embed_dim)]
+    for start in tqdm(range(own.start, own.stop, BATCH_SIZE), desc="embedding", unit="batch",
+                      leave=False, disable=None if rank() == 0 else True, file=sys.stderr):
+        photos = np.arange(start, min(start + BATCH_SIZE, own.stop))
+        embeddings.append(embed_pixels(model, dataset.pixels(photos)))
+    return gather_rows(torch.cat(embeddings), [len(part) for part in parts])
 
 
 def evaluate_retrieval(model: DualEncoder, dataset: Flickr30kDataset) -> dict[str, float]:

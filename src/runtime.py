@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import signal
+from collections.abc import Iterator
 
 import torch
 
@@ -18,9 +22,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available()
                 else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":  # of several processes on this machine each takes a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # 'meta' has no numbers, others no module at all
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} is not available here; try auto or cpu") from error
     return device
@@ -55,3 +63,53 @@ def seed_all(*key: int | str) -> None:
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+class StopRequest:
+    """Whether somebody asked this run to end.
+
+    Attributes:
+        signal: SIGINT (Ctrl-C) or SIGTERM (a cluster that takes the machine back); None so far.
+    """
+
+    signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_request() -> Iterator[StopRequest]:
+    """While the block runs the first SIGINT or SIGTERM is noted, and the second ends at once."""
+    request = StopRequest()
+    earlier = {}
+
+    def note(number: int, frame: object) -> None:
+        request.signal = signal.Signals(number)
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        earlier[each] = signal.signal(each, note)
+    try:
+        yield request
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Turn what torch raises where memory ends into a message that names the flags to lower.
+
+    Raises:
+        UserError: the block ran out of memory, on a GPU or on the host.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) \
+                and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the host'}):\n"
+            "train with --chunk-size 16, which changes no result but costs a second pass forward, "
+            "or lower --batch-size or --image-size"
+        ) from error

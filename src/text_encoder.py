@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from src.tokenizer import Tokenizer
@@ -24,6 +25,6 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L) token ids -> (B, E) features; zeros for a caption without words."""
-        mask = (tokens != Tokenizer.pad_id).unsqueeze(-1)  # (B, L, 1)
-        total = (self.embedding(tokens) * mask).sum(1)  # (B, E)
-        return total / mask.sum(1).clamp(min=1)
+        # The masked mean in one kernel, which never holds the (B, L, E) embeddings of all words.
+        return F.embedding_bag(tokens, self.embedding.weight, mode="mean",
+                               padding_idx=Tokenizer.pad_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.augment import IMAGENET_MEAN, IMAGENET_STD, eval_view, train_view
+from src.augment import IMAGENET_MEAN, IMAGENET_STD, draw_places, eval_view, train_view
 
 
 def pixels(batch: int = 6, size: int = 11) -> torch.Tensor:
@@ -24,16 +24,13 @@ def normalised(photo: torch.Tensor) -> torch.Tensor:
 def test_train_view_is_a_crop_and_a_mirror(flip: bool, image_size: int) -> None:
     """Each photo is some window of itself, mirrored if drawn so, normalised by channel."""
     stored = pixels()
-    torch.manual_seed(1)
-    top, left = torch.randint(11 - image_size + 1, (2, 6, 1))
-    mirrored = torch.rand(6, 1) < (0.5 if flip else 0)
-    torch.manual_seed(1)
-    view = train_view(stored, image_size, flip)
+    places = draw_places(6, 11 - image_size, flip)
+    view = train_view(stored, image_size, places)
     assert view.shape == (6, 3, image_size, image_size) and view.dtype == torch.float32
     assert view.is_contiguous(memory_format=torch.channels_last)
-    for i in range(6):
-        window = stored[i, top[i]:top[i] + image_size, left[i]:left[i] + image_size]
-        expected = normalised(window.flip(1) if mirrored[i] else window)
+    for i, (top, left, mirrored) in enumerate(places.tolist()):
+        window = stored[i, top:top + image_size, left:left + image_size]
+        expected = normalised(window.flip(1) if mirrored else window)
         torch.testing.assert_close(view[i], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -43,11 +40,20 @@ def test_all_places_and_both_mirrors_come() -> None:
     stored[0, :, :, 0] = torch.arange(6)[:, None] * 10
     stored[0, :, :, 1] = torch.arange(6) * 10
     torch.manual_seed(0)
-    view = train_view(stored.expand(2000, 6, 6, 3), 4, flip=True)
+    view = train_view(stored.expand(2000, 6, 6, 3), 4, draw_places(2000, 2, flip=True))
     rows = view[:, 0, 0, 0].unique()
     assert len(rows) == 3
     share = (view[:, 1, 0, 0] > view[:, 1, 0, 1]).float().mean()
     assert 0.45 < share < 0.55
+
+
+def test_places_reach_from_edge_to_edge() -> None:
+    """Crops start anywhere from 0 to the slack, and nothing is mirrored without `flip`."""
+    torch.manual_seed(0)
+    top, left, mirrored = draw_places(1000, 3, flip=False).unbind(1)
+    assert set(top.tolist()) == set(left.tolist()) == {0, 1, 2, 3}
+    assert not mirrored.any()
+    assert not torch.equal(top, left)
 
 
 @pytest.mark.parametrize("image_size", [8, 9, 11])

@@ -110,16 +110,64 @@ def test_a_batch_holds_what_its_items_say() -> None:
     data = dataset(UNEVEN)
     for items in data.epoch(4, 3, seed=0, epoch=1):
         batch = data.batch(items)
-        assert batch.pixels.shape == (4, 4, 4, 3) and batch.pixels.dtype == torch.uint8
+        assert batch.images.shape == (4, 4, 4, 3) and batch.images.dtype == torch.uint8
         row = 0
         for place, (photo, captions) in enumerate(items):
-            assert (batch.pixels[place] == photo).all()
+            assert (batch.images[place] == photo).all()
             for caption in captions:
                 assert batch.image_index[row] == place
                 assert torch.equal(batch.tokens[row], data.tokens[caption])
                 assert data.captions[caption].startswith(f"photo{photo} ")
                 row += 1
         assert row == len(batch.tokens) == len(batch.image_index)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_shares_of_a_batch_make_it_whole(world: int) -> None:
+    """What several processes hold of a batch is the batch, and all know where each caption goes."""
+    data = dataset(UNEVEN)
+    items = data.epoch(4, 3, seed=0, epoch=1)[0]
+    whole = data.batch(items)
+    parts = [data.batch(items, range(4 * i // world, 4 * (i + 1) // world)) for i in range(world)]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    for part in parts:
+        assert torch.equal(part.image_index, whole.image_index)
+        assert len(part.tokens) == part.captions_of(part.rows)
+
+
+@pytest.mark.parametrize("rows", [range(0, 4), range(1, 4), range(3, 4)])
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 4, 9])
+def test_pieces_of_a_batch_follow_each_other(rows: range, size: int | None) -> None:
+    """Pieces of at most `size` photos, each with its own captions, cover a share once, in order."""
+    data = dataset(UNEVEN)
+    batch = data.batch(data.epoch(4, 3, seed=0, epoch=1)[0], rows)
+    pieces = batch.pieces(size)
+    assert torch.equal(torch.cat([batch.images[photos] for photos, _ in pieces]), batch.images)
+    assert torch.equal(torch.cat([batch.tokens[captions] for _, captions in pieces]), batch.tokens)
+    index = batch.image_index[(batch.image_index >= rows.start)] - rows.start
+    for photos, captions in pieces:
+        assert size is None or photos.stop - photos.start <= size
+        assert set(index[captions].tolist()) == set(range(photos.start, photos.stop))
+
+
+def test_a_dataset_may_hold_something_else_than_pixels() -> None:
+    """Row i of what it holds comes with photo i's captions, from numpy and from torch."""
+    data = dataset(UNEVEN)
+    features = np.arange(len(data.records), dtype=np.float32)[:, None].repeat(3, 1)
+    for held in (features, torch.from_numpy(features)):
+        other = data.holding(held)
+        items = other.epoch(4, 3, seed=0, epoch=1)[0]
+        batch = other.batch(items)
+        assert batch.images[:, 0].tolist() == [photo for photo, _ in items]
+        assert torch.equal(batch.tokens, data.batch(items).tokens)
+    assert data.batch(items).images.shape[1:] == (4, 4, 3)  # the data set itself is as it was
+
+
+def test_the_digest_notices_other_data() -> None:
+    """Other names or captions have another digest; the same ones the same."""
+    assert dataset(UNEVEN).digest() == dataset(UNEVEN).digest()
+    assert dataset(UNEVEN).digest() != dataset([*UNEVEN[:-1], UNEVEN[-1] + 1]).digest()
 
 
 def test_photos_that_could_not_be_decoded_are_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from src import engine
 from src.annotations import ImageRecord
+from src.augment import draw_places, train_view
 from src.dataset import Flickr30kDataset
-from src.engine import train_one_epoch
+from src.engine import Progress, backward, train_one_epoch
 from src.errors import UserError
+from src.loss import contrastive_loss
 from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
 from src.pixels import PixelStore
@@ -20,7 +23,6 @@ from src.runtime import grad_scaler, seed_all
 from src.tokenizer import Tokenizer
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
-FIELDS = {"loss", "pairs_per_second", "seconds", "wait_share"}
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +37,33 @@ def colors() -> Flickr30kDataset:
     return Flickr30kDataset(records, store, tokenizer)
 
 
+def make_model(seed: int = 0, **config) -> DualEncoder:
+    """A small model with the weights of `seed`."""
+    seed_all(seed, "weights")
+    return DualEncoder(ModelConfig(**{"vocab_size": 20, "image_size": 32, "token_dim": 32,
+                                      "embed_dim": 16, **config}))
+
+
 def train(dataset: Flickr30kDataset, epochs: int, seed: int = 0, lr: float = 5e-4, drawn: int = 0,
           **options):
-    """A fresh model trained for some epochs: the model and what each epoch returned.
+    """A fresh model trained for some epochs: the model and how each epoch ended.
 
     Before the first epoch some random numbers were `drawn` elsewhere.
     """
-    seed_all(0, "weights")
-    model = DualEncoder(ModelConfig(vocab_size=20, image_size=32, token_dim=32, embed_dim=16))
+    model = make_model()
     optimizer = build_optimizer(model, lr, 0.01)
     scheduler = build_schedule(optimizer, 0, 100, "constant")
     options = {"batch_size": 4, "captions_per_image": 1, "flip": True, **options}
     scaler = grad_scaler(torch.device("cpu"))
     torch.rand(drawn)
-    results = [train_one_epoch(model, dataset, optimizer, scheduler, scaler, seed=seed,
-                               epoch=epoch, **options) for epoch in range(1, epochs + 1)]
+    results = [list(train_one_epoch(model, dataset, optimizer, scheduler, scaler, seed=seed,
+                                    epoch=epoch, **options))[-1] for epoch in range(1, epochs + 1)]
     return model, results, scheduler
+
+
+def loss_of(progress: Progress) -> float:
+    """The mean loss of an epoch."""
+    return progress.summary()[0]["loss"]
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +75,21 @@ def trained(colors):
 def test_a_tiny_set_is_learnt_by_heart(trained):
     """On four photos of one colour each the loss starts above ln 4 and falls far below it."""
     _, results, _ = trained
-    assert results[0]["loss"] > math.log(4)
-    assert min(result["loss"] for result in results[-3:]) < math.log(4) / 4
+    assert loss_of(results[0]) > math.log(4)
+    assert min(map(loss_of, results[-3:])) < math.log(4) / 4
 
 
-def test_returned_fields(trained):
-    """Each epoch tells its loss, speed, time and share of waiting, as plain finite numbers."""
+def test_what_an_epoch_tells(trained):
+    """Each epoch tells its rate, loss, speed, time and share of waiting, as plain numbers."""
     _, results, scheduler = trained
     for result in results:
-        assert set(result) == FIELDS
-        assert all(type(value) is float and math.isfinite(value) for value in result.values())
-        assert result["pairs_per_second"] * result["seconds"] == pytest.approx(8)  # every caption
-        assert 0 <= result["wait_share"] <= 1
+        learned, times = result.summary()
+        assert set(learned) == {"lr", "loss"}
+        assert set(times) == {"seconds", "pairs_per_second", "wait_share"}
+        assert all(type(value) is float and math.isfinite(value)
+                   for value in (learned | times).values())
+        assert times["pairs_per_second"] * times["seconds"] == pytest.approx(8)  # every caption
+        assert 0 <= times["wait_share"] <= 1
     assert scheduler.last_epoch == 10 * 2  # 8 captions in batches of 4: the schedule moves by steps
 
 
@@ -89,7 +105,7 @@ def test_loss_is_the_mean_over_the_steps(colors, monkeypatch):
     monkeypatch.setattr(engine, "contrastive_loss", spy)
     _, (result,), _ = train(colors, epochs=1)
     assert len(seen) == 2
-    assert result["loss"] == pytest.approx(sum(loss.item() for loss in seen) / 2, rel=1e-6)
+    assert loss_of(result) == pytest.approx(sum(loss.item() for loss in seen) / 2, rel=1e-6)
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit(colors):
@@ -99,7 +115,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(colors):
     for drawn, seed in enumerate((0, 0, 1)):
         model, results, _ = train(colors, epochs=1, seed=seed, drawn=drawn)
         states.append(model.state_dict())
-        losses.append(results[0]["loss"])
+        losses.append(loss_of(results[0]))
     first, second, other = states
     assert losses[0] == losses[1] != losses[2]
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
@@ -109,10 +125,10 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(colors):
 def test_all_captions_of_a_photo_in_one_step(colors):
     """With captions_per_image 2 the same captions take half the steps, and are learnt too."""
     _, results, scheduler = train(colors, epochs=15, captions_per_image=2)
-    assert results[0]["pairs_per_second"] * results[0]["seconds"] == pytest.approx(8)
+    assert results[0].pairs == 8
     assert scheduler.last_epoch == 15
     # A photo is to spread over its two captions, so its direction cannot fall below ln 2.
-    assert math.log(2) / 2 < min(r["loss"] for r in results[-3:]) < math.log(2) / 2 + 0.4
+    assert math.log(2) / 2 < min(map(loss_of, results[-3:])) < math.log(2) / 2 + 0.4
 
 
 def test_logit_scale_stays_in_its_bounds(colors):
@@ -122,17 +138,135 @@ def test_logit_scale_stays_in_its_bounds(colors):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(colors):
-    """A loss that is not finite ends the epoch, and the message says where and what to do."""
-    seed_all(0, "weights")
-    model = DualEncoder(ModelConfig(vocab_size=20, image_size=32, token_dim=32, embed_dim=16))
+    """A loss that is not finite ends the epoch; the message says where, which photos, the cure."""
+    model = make_model()
     model.text_projection.linear.weight.data.fill_(torch.nan)
     optimizer = build_optimizer(model, 1e-3, 0.0)
-    with pytest.raises(UserError, match="loss became nan at epoch 7, step 0.*--resume"):
-        train_one_epoch(
+    with pytest.raises(UserError, match="epoch 7, step 0") as caught:
+        list(train_one_epoch(
             model, colors, optimizer, build_schedule(optimizer, 0, 9, "constant"),
             grad_scaler(torch.device("cpu")), batch_size=4, captions_per_image=1, flip=True,
             seed=0, epoch=7,
-        )
+        ))
+    for part in ("lr 0.001", "logit_scale 2.659", "--resume", *(f"{c}.jpg" for c in COLORS)):
+        assert part in str(caught.value)
+
+
+def test_the_first_bad_step_is_named(colors, monkeypatch):
+    """Where the loss is read only now and then, the step that broke it is named all the same."""
+    monkeypatch.setattr(engine, "REFRESH_SECONDS", math.inf)
+    losses = iter([1.0, math.inf, 1.0, math.nan])
+    monkeypatch.setattr(engine, "backward", lambda *_, **__: torch.tensor(next(losses)))
+    model = make_model()
+    optimizer = build_optimizer(model, 1e-3, 0.0)
+    with pytest.raises(UserError, match="epoch 1, step 1 "):
+        list(train_one_epoch(
+            model, colors, optimizer, build_schedule(optimizer, 0, 9, "constant"),
+            grad_scaler(torch.device("cpu")), batch_size=2, captions_per_image=1, flip=True,
+            seed=0, epoch=1,
+        ))
+
+
+@pytest.mark.parametrize("left_after", [1, 2, 3])
+def test_an_epoch_left_in_its_middle_goes_on_bit_by_bit(colors, left_after):
+    """Left after any step and taken up with another model object and its state: the same end."""
+    options = dict(batch_size=2, captions_per_image=1, flip=True, seed=0, epoch=1)
+
+    def parts(model):
+        optimizer = build_optimizer(model, 1e-2, 0.01)
+        return optimizer, build_schedule(optimizer, 3, 100, "cosine")
+
+    whole, cut, other = make_model(), make_model(), make_model(1)
+    scaler = grad_scaler(torch.device("cpu"))
+    *_, end = train_one_epoch(whole, colors, *parts(whole), scaler, **options)
+    optimizer, scheduler = parts(cut)
+    for progress in train_one_epoch(cut, colors, optimizer, scheduler, scaler, **options):
+        if progress.step == left_after:
+            break
+    other.load_state_dict(cut.state_dict())
+    its_optimizer = build_optimizer(other, 1e-2, 0.01)
+    its_groups = its_optimizer.state_dict()["param_groups"]  # with the rate before any schedule
+    its_optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": its_groups})
+    its_scheduler = build_schedule(its_optimizer, 3, 100, "cosine", done_steps=left_after)
+    *_, its_end = train_one_epoch(other, colors, its_optimizer, its_scheduler, scaler,
+                                  progress=Progress(**asdict(progress)), **options)
+    assert end.summary()[0] == its_end.summary()[0]
+    assert [name for name, value in whole.state_dict().items()
+            if not torch.equal(value, other.state_dict()[name])] == []
+
+
+# The gradient in chunks
+
+
+def gradients(dataset: Flickr30kDataset, chunk_size: int | None, **config):
+    """Loss and gradients of one batch with frozen BatchNorm, by `backward`."""
+    model = make_model(**config).train()
+    model.image_encoder.freeze_batchnorm()
+    batch = dataset.batch(dataset.epoch(4, 2, 0, 1)[0])
+    loss = backward(model, grad_scaler(torch.device("cpu")), batch, flip=True, key=(0, 1, 0),
+                    chunk_size=chunk_size)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5])
+def test_chunks_give_the_gradient_of_the_whole_batch(colors, chunk_size):
+    """However the batch is cut, loss and every gradient are those of the batch in one piece."""
+    still = dict(dropout=0.0, drop_connect=0.0)
+    loss, expected = gradients(colors, None, **still)
+    its_loss, found = gradients(colors, chunk_size, **still)
+    torch.testing.assert_close(its_loss, loss)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item() + 1e-6
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_chunks_replay_what_was_dropped(colors):
+    """With dropout too the gradient is that of the loss: pieces embedded with a graph each, joined,
+    and one backward through all of them."""
+    loss, found = gradients(colors, 2, dropout=0.4, drop_connect=0.4)
+    model = make_model(dropout=0.4, drop_connect=0.4).train()
+    model.image_encoder.freeze_batchnorm()
+    batch = colors.batch(colors.epoch(4, 2, 0, 1)[0])
+    seed_all(0, 1, 0)
+    places = draw_places(4, 4, True)
+    parts = []
+    for number in range(2):
+        rows = slice(2 * number, 2 * number + 2)
+        seed_all(0, 1, 0, 0, number)
+        parts.append(model(train_view(batch.images[rows], 32, places[rows]),
+                           batch.tokens[4 * number : 4 * number + 4]))
+    images, texts = map(torch.cat, zip(*parts, strict=True))
+    expected = contrastive_loss(images, texts, batch.image_index, model.logit_scale)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max().item() + 1e-6
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_frozen_batchnorm_keeps_its_statistics(colors):
+    """The running statistics stay to the bit where BatchNorm is frozen, and move where it is not;
+    its scales are learnt in both."""
+    fresh = make_model().image_encoder.backbone._bn0
+    for frozen in (True, False):
+        model, _, _ = train(colors, epochs=1, freeze_batchnorm=frozen)
+        norm = model.image_encoder.backbone._bn0
+        assert torch.equal(norm.running_mean, fresh.running_mean) == frozen
+        assert not torch.equal(norm.weight, fresh.weight)
+
+
+def test_training_on_features_leaves_the_image_encoder(colors):
+    """Features for pixels: the heads learn, and the image encoder stays to the bit."""
+    torch.manual_seed(0)
+    features = torch.randn(len(colors.records), 1280)
+    model, results, _ = train(colors.holding(features), epochs=15, lr=5e-3)
+    assert loss_of(results[-1]) < math.log(4) / 2 < loss_of(results[0])
+    before = make_model().state_dict()
+    moved = {name for name, value in model.state_dict().items()
+             if not torch.equal(value, before[name])}
+    assert moved == {"logit_scale", "text_encoder.embedding.weight",
+                     "text_projection.linear.weight", "image_projection.linear.weight"}
 
 
 def test_the_model_is_left_where_it_was(trained):

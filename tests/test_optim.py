@@ -41,26 +41,50 @@ def test_only_matrices_decay():
         name for name, value in decays.items() if value == 0}
 
 
-def test_every_parameter_is_in_one_group():
-    """No parameter is forgotten or stepped twice; frozen ones are left alone."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    model[2].weight.requires_grad_(False)
+@pytest.fixture(scope="module")
+def model() -> DualEncoder:
+    """A small dual encoder."""
+    return DualEncoder(ModelConfig(vocab_size=5, image_size=32, token_dim=6, embed_dim=4))
+
+
+def test_every_parameter_is_in_one_group(model):
+    """No parameter is forgotten or stepped twice."""
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in model.parameters()} - {id(model[2].weight)}
+    assert set(held) == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("image_encoder_lr", [None, 1e-5])
+def test_the_image_encoder_may_have_a_rate_of_its_own(model, image_encoder_lr):
+    """Its parameters, and no others, have it; without one all have the same."""
+    optimizer = build_optimizer(model, 1e-3, 0.1, image_encoder_lr)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_image = name.startswith("image_encoder.")
+        assert rate[id(parameter)] == ((image_encoder_lr or 1e-3) if is_image else 1e-3), name
 
 
 def test_a_step_without_gradient_shrinks_matrices_only():
     """With zero gradients a step multiplies matrices by 1 - lr * decay, and vectors by 1."""
-    model = nn.Linear(3, 4)
+    torch.manual_seed(0)
+    model = DualEncoder(ModelConfig(vocab_size=5, image_size=32, token_dim=6, embed_dim=4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model, lr=0.1, weight_decay=0.5)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    torch.testing.assert_close(model.weight.detach(), before["weight"] * (1 - 0.1 * 0.5))
-    assert torch.equal(model.bias, before["bias"])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim >= 2 else 1))
+
+
+def test_parameters_without_gradient_stay(model):
+    """A frozen tower, which gets no gradient, is neither moved nor decayed."""
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, lr=0.1, weight_decay=0.5)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_constant_schedule():

@@ -24,14 +24,20 @@ GREEN = (42, 157, 98)
 
 
 def metrics(epoch: int, **changes: float) -> dict:
-    """A line of a log, every recall of its own size."""
-    line = {"epoch": epoch, "loss": 4.0 / epoch, "rsum": 123.4}
+    """The retrieval metrics of an epoch, every recall of its own size."""
+    line = {"rsum": 123.4}
     for i, direction in enumerate(("image_to_text", "text_to_image")):
         for k in (1, 5, 10):
             line[f"{direction}_R@{k}"] = k + 20.0 * i + epoch
         line[f"{direction}_median_rank"] = 30.5 + i
         line[f"{direction}_mean_rank"] = 60.25 + i
     return {**line, **changes}
+
+
+def line(epoch: int, **changes: float) -> dict:
+    """An epoch of a run's log."""
+    return {"epoch": epoch, "loss": 4.0 / epoch, "metrics": metrics(epoch),
+            "time": {"seconds": 12.3, "wait_share": 0.0123}, **changes}
 
 
 def pictures(count: int) -> list[np.ndarray]:
@@ -51,8 +57,8 @@ def share_of(picture: np.ndarray, color: tuple[int, int, int]) -> float:
 
 
 @pytest.mark.parametrize("log", [
-    [metrics(1)], [metrics(epoch) for epoch in range(1, 40)],
-    [metrics(1, loss=math.nan), metrics(2)], [metrics(1, loss=0.0, rsum=0.0)],
+    [line(1)], [line(epoch) for epoch in range(1, 40)],
+    [line(1, loss=math.nan), line(2)], [line(1, loss=0.0, metrics=metrics(1, rsum=0.0))],
 ], ids=["one epoch", "many", "nan", "zero"])
 def test_curves_are_a_wide_picture(tmp_path, log):
     """Two plots side by side, whatever the log holds; both curves' colours are there."""
@@ -173,11 +179,12 @@ def test_clean_input_is_said_to_be_clean(tmp_path):
 @pytest.mark.parametrize("is_best", [False, True])
 def test_an_epoch_is_one_line(capsys, is_best):
     """The printed line holds the numbers of both directions and marks the best."""
-    print_metrics(metrics(2), is_best)
+    print_metrics(line(2), is_best)
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     for part in ("epoch 2: loss 2.000", "text->image R@1/5/10 23.0 / 27.0 / 32.0, median rank 32",
-                 "image->text R@1/5/10 3.0 / 7.0 / 12.0, median rank 30", "rsum 123.4"):
+                 "image->text R@1/5/10 3.0 / 7.0 / 12.0, median rank 30", "rsum 123.4",
+                 "12 s, 1.2% of it waiting for data"):
         assert part in out
     assert out.endswith("(best)\n") == is_best
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import runpy
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,16 @@ import main as main_script
 import train
 import train_image_only
 from src.checkpoint import load_checkpoint
+from src.engine import Progress, train_one_epoch
 from src.errors import UserError, run_script
+from src.files import only_writer
 from src.image_file import load_image
+from src.model import DualEncoder, ModelConfig
+from src.recipes import RECIPES
+from src.runtime import seed_all
 
-TIMINGS = {"seconds", "pairs_per_second", "wait_share", "validation_seconds"}
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"
+PREVIOUS = "models/flickr30k_clip_previous.pth"
 EXPORT = "models/image_encoder_from_clip.pth"
 MODEL = ["--image-size", "32", "--embed-dim", "16", "--token-dim", "24", "--context-length", "8"]
 
@@ -32,16 +40,21 @@ class Run:
         self.images, self.annotations = make_tiny_data(folder / "data")
         self.data = ["--images", str(self.images), "--annotations", str(self.annotations)]
 
-    def __call__(self, results: str, *flags: str, epochs: int = 1) -> Path:
+    def __call__(self, results: str, *flags: str, epochs: int = 1, status: int = 0) -> Path:
         """Train with small settings and `flags`; returns the results folder."""
-        status = train.main([
+        assert train.main([
             *self.data, *MODEL, "--cache-dir", str(self.folder / "cache"),
             "--results-dir", str(self.folder / results), "--val-fraction", "0.25",
             "--weights", "none", "--batch-size", "4", "--device", "cpu", "--lr", "1e-3",
             "--captions-per-image", "2", "--epochs", str(epochs), *flags,
-        ])
-        assert status == 0
+        ]) == status
         return self.folder / results
+
+    def resume(self, results: str, *flags: str, status: int = 0) -> Path:
+        """Go on with a run, with nothing said anew but `flags`."""
+        place = self.folder / results
+        assert train.main(["--resume", "--results-dir", str(place), *flags]) == status
+        return place
 
     def copy(self, source: str, target: str) -> None:
         """Copy a results folder."""
@@ -76,7 +89,7 @@ def stubs(monkeypatch):
     def epoch(model, dataset, optimizer, scheduler, scaler, **options):
         group = optimizer.param_groups[0]
         Stubs.seen.append((group["lr"], group["weight_decay"]))
-        return {"loss": 1.0, "pairs_per_second": 1.0, "seconds": 1.0, "wait_share": 0.0}
+        yield Progress(lr=group["lr"], step=1, loss_sum=torch.tensor(1.0))
 
     def evaluate(model, dataset):
         names = [f"{d}_{m}" for d in ("image_to_text", "text_to_image")
@@ -86,14 +99,14 @@ def stubs(monkeypatch):
     monkeypatch.setattr(train, "train_one_epoch", epoch)
     monkeypatch.setattr(train, "evaluate_retrieval", evaluate)
     monkeypatch.setattr(train, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(train, "plot_examples", lambda *_: None)
+    monkeypatch.setattr(train, "show_best", lambda *_: None)
     return Stubs
 
 
 def read_log(results: Path) -> list[dict]:
     """The epochs of log.jsonl without what the clock says."""
     lines = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def load(path: Path) -> dict:
@@ -121,55 +134,153 @@ def test_train_writes_all_that_it_promises(run, trained):
     """Two checkpoints, the log, the arguments, two pictures and the list of rejected input."""
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert files == {BEST, LAST, "log.jsonl", "args.json", "curves.png", "examples.png",
-                     "rejected.csv"}
+                     "rejected.csv", ".lock"}
     best = load(trained / BEST)
     assert {"model_state", "vocab", "config", "metrics", "epoch", "args"} <= best.keys()
     assert best["vocab"]["<pad>"] == 0 and best["vocab"]["<unk>"] == 1
     arguments = json.loads((trained / "args.json").read_text())
     assert arguments == best["args"]
-    assert (arguments["lr"], arguments["images"]) == (1e-3, str(run.images))
+    assert (arguments["lr"], arguments["images"], arguments["recipe"]) == (
+        1e-3, str(run.images), "seed")
     (line,) = read_log(trained)
     assert line["epoch"] == 1 and line["lr"] == 1e-3 and line["loss"] > 0
     assert line["steps"] == 9 * 3 // 4  # 9 photos train, each three times: 2 + 2 + 1 captions
-    assert best["metrics"] == {name: line[name] for name in best["metrics"]}
+    assert best["metrics"] == line["metrics"]
     for name in ("curves.png", "examples.png"):
         assert load_image(trained / name).width > 500
     assert (trained / "rejected.csv").read_text() == "kind,where,name,reason,text\n"
 
 
-def test_resumed_equals_uninterrupted(run, trained):
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two results folders hold the same log but for the times, and the same bits in both files."""
+    assert read_log(a) == read_log(b)
+    for name in (BEST, LAST):
+        one, other = load(a / name), load(b / name)
+        assert one.keys() == other.keys()
+        for part in one.keys() - {"args", "log", "progress"}:
+            assert differing(one[part], other[part], part) == []
+
+
+@pytest.fixture(scope="module")
+def straight(run) -> Path:
+    """Two epochs in one go."""
+    return run("straight", epochs=2)
+
+
+def test_resumed_equals_uninterrupted(run, trained, straight):
     """One epoch and another after --resume end in the same bits as two in one go."""
     run.copy("one", "resumed")
-    resumed, straight = run("resumed", "--resume", epochs=2), run("straight", epochs=2)
-    assert read_log(resumed) == read_log(straight)
-    a, b = load(resumed / LAST), load(straight / LAST)
-    for part in ("model_state", "optimizer_state", "scaler_state", "vocab", "config", "metrics"):
-        assert differing(a[part], b[part], part) == []
-    bests = [load(results / BEST)["model_state"] for results in (resumed, straight)]
-    assert differing(*bests) == []
-    assert differing(a["model_state"], load(trained / LAST)["model_state"]) != []  # it went on
+    resumed = run.resume("resumed", "--epochs", "2")
+    assert_same_run(resumed, straight)
+    assert differing(load(resumed / LAST)["model_state"],
+                     load(trained / LAST)["model_state"]) != []  # it went on
 
 
-def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not(run, monkeypatch):
-    """Ctrl-C in the second epoch, --resume, a schedule of the whole run: the same bits again."""
+def interrupt(monkeypatch, after: int, action) -> None:
+    """Do `action` after that many steps of training, counted over the epochs."""
+    steps = itertools.count(1)
+
+    def epoch(*args, **options):
+        for progress in train_one_epoch(*args, **options):
+            if next(steps) == after:
+                action()
+            yield progress
+
+    monkeypatch.setattr(train, "train_one_epoch", epoch)
+
+
+class PowerCut(BaseException):
+    """Nothing more is done."""
+
+
+def power_cut():
+    raise PowerCut
+
+
+@pytest.mark.parametrize("after", [1, 4, 6, 7, 9, 12])
+def test_a_power_cut_at_any_step_costs_nothing(run, straight, monkeypatch, after):
+    """Saved after each step, cut off at some step, resumed: the same bits and log as in one go."""
+    results = f"cut {after}"
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, after, power_cut)
+        run(results, "--save-every", "0", epochs=2)
+    if after == 1:  # nothing was saved yet
+        run(results, epochs=2)
+    else:
+        run.resume(results)
+    assert_same_run(run.folder / results, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_it_goes_on_and_does(run, straight, monkeypatch, capsys, number):
+    """Ctrl-C and a cluster's SIGTERM finish the step, save, and tell the command; the resumed run
+    ends in the same bits. Nothing was saved before: --save-every is far away."""
+    results = f"stopped {number}"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8, lambda: os.kill(os.getpid(), number))
+        run(results, epochs=2, status=128 + number)
+    error = capsys.readouterr().err
+    assert "stopped after step 2 of epoch 2, and saved" in error
+    assert f"python train.py --resume --results-dir {run.folder / results}" in error
+    run.resume(results)
+    assert_same_run(run.folder / results, straight)
+
+
+def test_the_second_signal_ends_at_once(run, monkeypatch):
+    """Whoever presses Ctrl-C twice is not kept waiting for the step."""
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupt(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run("twice")
+
+
+def test_a_schedule_spans_an_interrupted_run(run, monkeypatch):
+    """Warm-up and cosine too go on as if nothing had happened."""
     recipe = ("--captions-per-image", "5", "--schedule", "cosine", "--warmup-steps", "3")
-    straight = run("whole", *recipe, epochs=2)
-    original = train.train_one_epoch
+    whole = run("whole", *recipe, epochs=2)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 3, power_cut)
+        run("cut", *recipe, "--save-every", "0", epochs=2)
+    assert_same_run(run.resume("cut"), whole)
 
-    def stop(*args, epoch: int, **options):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return original(*args, epoch=epoch, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_one_epoch", stop)
-        run("stopped", *recipe, epochs=2)
-    assert len(read_log(run.folder / "stopped")) == 1
-    resumed = run("stopped", *recipe, "--resume", epochs=2)
-    assert read_log(resumed) == read_log(straight)
-    a, b = load(resumed / LAST), load(straight / LAST)
-    assert differing(a["model_state"], b["model_state"]) == []
-    assert differing(a["optimizer_state"], b["optimizer_state"]) == []
+@pytest.mark.parametrize("damage", ["cut short", "empty", "gone", "other bytes"])
+def test_a_damaged_checkpoint_costs_one_save(run, straight, monkeypatch, capsys, damage):
+    """Where the newest checkpoint is damaged the one before it is used, and a line says so."""
+    results = f"damaged {damage}"
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 9, power_cut)
+        run(results, "--save-every", "0", epochs=2)
+    last = run.folder / results / LAST
+    content = last.read_bytes()
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes({"cut short": content[: len(content) // 2], "empty": b"",
+                          "other bytes": content[:100] + bytes(len(content) - 100)}[damage])
+    run.resume(results)
+    error = capsys.readouterr().err
+    assert "the checkpoint before it is used" in error and str(PREVIOUS) in error
+    assert_same_run(run.folder / results, straight)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(run, straight, monkeypatch):
+    """A model that has left the numbers ends the run, and the last good checkpoint stays."""
+    run.copy("straight", "broken")
+    before = (run.folder / "broken" / LAST).read_bytes()
+
+    def epoch(model, *args, **options):
+        for progress in train_one_epoch(model, *args, **options):
+            model.image_projection.linear.weight.data[0, 0] = torch.nan
+            yield progress
+
+    monkeypatch.setattr(train, "train_one_epoch", epoch)
+    with pytest.raises(UserError, match="no longer finite"):
+        run.resume("broken", "--epochs", "3", "--save-every", "0")
+    assert (run.folder / "broken" / LAST).read_bytes() == before
 
 
 def test_the_best_epoch_is_by_rsum_and_not_forgotten(run, stubs):
@@ -178,13 +289,13 @@ def test_the_best_epoch_is_by_rsum_and_not_forgotten(run, stubs):
     results = run("best", epochs=3)
     assert load(results / BEST)["epoch"] == 2
     stubs.rsums = [299.0]
-    run("best", "--resume", epochs=4)
+    run.resume("best", "--epochs", "4")
     assert (load(results / BEST)["epoch"], load(results / LAST)["epoch"]) == (2, 4)
     stubs.rsums = [301.0]
-    run("best", "--resume", epochs=5)
+    run.resume("best", "--epochs", "5")
     assert load(results / BEST)["epoch"] == 5
     assert load(results / BEST)["metrics"]["rsum"] == 301
-    assert [line["rsum"] for line in read_log(results)] == [100, 300, 300, 299, 301]
+    assert [line["metrics"]["rsum"] for line in read_log(results)] == [100, 300, 300, 299, 301]
 
 
 def test_a_worthless_first_epoch_is_kept_all_the_same(run, stubs):
@@ -193,19 +304,34 @@ def test_a_worthless_first_epoch_is_kept_all_the_same(run, stubs):
     assert load(run("worthless", epochs=2) / BEST)["epoch"] == 1
 
 
-def test_resume_takes_the_rate_and_decay_that_it_is_given(run, stubs):
-    """--resume --lr goes on with that rate, as the message of a run that diverged advises."""
+def test_a_new_run_keeps_the_best_of_the_one_before(run, stubs):
+    """Training anew into the same folder does not cost the earlier run's best model."""
+    stubs.rsums = [300.0]
+    results = run("again")
+    first = (results / BEST).read_bytes()
+    stubs.rsums = [1.0, 2.0]
+    run("again", "--lr", "1e-4", epochs=2)
+    assert (results / "models/flickr30k_clip_best_earlier.pth").read_bytes() == first
+    assert load(results / BEST)["metrics"]["rsum"] == 2
+
+
+def test_resume_takes_the_rate_and_decay_that_it_is_given(run, stubs, capsys):
+    """--resume --lr goes on with that rate, as the message of a run that diverged advises, and says
+    so; all else is as the run was started."""
     stubs.rsums = [1.0, 2.0]
     run("rate", "--lr", "1e-3", "--weight-decay", "0.1", epochs=1)
-    results = run("rate", "--resume", "--lr", "1e-5", "--weight-decay", "0.2", epochs=2)
+    results = run.resume("rate", "--lr", "1e-5", "--weight-decay", "0.2", "--epochs", "2")
     assert stubs.seen == [(1e-3, 0.1), (1e-5, 0.2)]
     assert [line["lr"] for line in read_log(results)] == [1e-3, 1e-5]
+    error = capsys.readouterr().err
+    for note in ("--lr was 0.001, is 1e-05", "--weight-decay was 0.1, is 0.2", "--epochs was 1"):
+        assert f"note: {note}" in error
 
 
 def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
     """Where no epoch is left the log and both checkpoints stay byte for byte."""
     run.copy("one", "finished")
-    results = run("finished", "--resume", epochs=1)
+    results = run.resume("finished")
     assert stubs.seen == []
     for name in (BEST, LAST, "log.jsonl"):
         assert (results / name).read_bytes() == (trained / name).read_bytes()
@@ -213,21 +339,84 @@ def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
 
 @pytest.mark.parametrize("flags", [
     ("--min-freq", "30"), ("--embed-dim", "8"), ("--seed", "1"), ("--max-images", "8"),
+    ("--batch-size", "3"), ("--schedule", "cosine"), ("--dropout", "0.5"), ("--no-flip",),
 ], ids=" ".join)
-def test_resume_refuses_another_model_or_vocabulary(run, trained, stubs, flags):
-    """Other sizes or other train captions are another run: refused, and nothing is overwritten."""
+def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
+    """Other sizes, another split or recipe: refused by name, and nothing is overwritten."""
     before = {path: path.read_bytes() for path in (trained / "models").iterdir()}
-    with pytest.raises(UserError, match="another (model or vocabulary|split)"):
-        run("one", "--resume", *flags, epochs=2)
+    with pytest.raises(UserError, match=flags[0].replace("no-", "") + " was .*, is "):
+        run.resume("one", *flags, "--epochs", "2")
     assert stubs.seen == []
     assert {path: path.read_bytes() for path in (trained / "models").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["caption", "photo gone"])
+def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
+    """A changed caption or a lost photo makes another run of it, though all flags are the same."""
+    shutil.copytree(run.folder / "data", tmp_path / "data")
+    if change == "caption":
+        path = tmp_path / "data" / "annotations" / "annotations.csv"
+        path.write_text(path.read_text().replace("A red thing number 3", "A red thing number 4"))
+    else:
+        next((tmp_path / "data" / "images").iterdir()).unlink()
+    with pytest.raises(UserError, match="(train|validation).* photos or captions are not those"):
+        run.resume("one", "--images", str(tmp_path / "data" / "images"), "--annotations",
+                   str(tmp_path / "data" / "annotations" / "annotations.csv"), "--epochs", "2")
+    assert stubs.seen == []
 
 
 def test_resume_of_nothing_is_refused(run, stubs):
     """--resume never starts from scratch in silence."""
     with pytest.raises(UserError, match="flickr30k_clip_last.pth, and there is none"):
-        run("nothing", "--resume")
+        run.resume("nothing")
     assert stubs.seen == []
+
+
+def test_the_second_writer_to_a_folder_is_refused(run, stubs):
+    """Two runs in one results folder would mix: the second is told, and the first goes on."""
+    folder = run.folder / "taken"
+    folder.mkdir()
+    with only_writer(folder), pytest.raises(UserError, match="another run is writing"):
+        run("taken")
+    assert stubs.seen == [] and not (folder / LAST).exists()
+    stubs.rsums = [1.0]
+    run("taken")  # after it
+
+
+def test_frozen_image_encoder(run):
+    """--freeze-image-encoder trains all but the image encoder, from features that are kept; a
+    second run takes them from the disk and ends in the same bits."""
+    first = run("frozen", "--freeze-image-encoder", epochs=2)
+    features = sorted((run.folder / "cache").glob("features_*.npy"))
+    assert len(features) == 2  # train, val
+    written = [path.stat().st_mtime_ns for path in features]
+    second = run("frozen again", "--freeze-image-encoder", epochs=2)
+    assert [path.stat().st_mtime_ns for path in features] == written
+    assert_same_run(first, second)
+    seed_all(0, "weights")
+    fresh = DualEncoder(ModelConfig(**load(first / LAST)["config"])).state_dict()
+    moved = {name for name, value in load(first / LAST)["model_state"].items()
+             if not torch.equal(value, fresh[name])}
+    assert moved == {"logit_scale", "text_encoder.embedding.weight",
+                     "text_projection.linear.weight", "image_projection.linear.weight"}
+
+
+def test_head_epochs_come_first(run, monkeypatch):
+    """With --head-epochs 1 the first epoch leaves the image encoder and the second moves it, also
+    when the run is cut off in either."""
+    flags = ("--head-epochs", "1", "--freeze-batchnorm")
+    whole = run("phases", *flags, epochs=2)
+    name = "image_encoder.backbone._conv_stem.weight"
+    one = load(run("phase one", *flags, epochs=1) / LAST)["model_state"][name]
+    seed_all(0, "weights")
+    fresh = DualEncoder(ModelConfig(**load(whole / LAST)["config"])).state_dict()[name]
+    assert torch.equal(one, fresh)
+    assert not torch.equal(load(whole / LAST)["model_state"][name], fresh)
+    for after in (3, 9):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            interrupt(patch, after, power_cut)
+            run(f"phases {after}", *flags, "--save-every", "0", epochs=2)
+        assert_same_run(run.resume(f"phases {after}"), whole)
 
 
 def test_max_images(run, stubs, capsys):
@@ -259,41 +448,47 @@ def test_weights_that_are_not_there(run):
         run("weightless", "--weights", "nowhere.pth")
 
 
+def flags_of(*argv: str) -> dict:
+    """The flags that train.py has when called so."""
+    return vars(train.parse_args(list(argv))[0])
+
+
 def test_the_defaults_are_the_stated_recipe():
     """AdamW at 2e-5, batches of 64, 5 epochs, 90/10, ImageNet's B0, 256 dimensions."""
-    args = vars(train.parse_args([]))
-    assert {name: args[name] for name in (
-        "lr", "batch_size", "epochs", "val_fraction", "weights", "image_encoder", "embed_dim",
-        "context_length", "min_freq", "image_size", "schedule", "warmup_steps", "flip",
-        "captions_per_image", "max_images", "resume", "demo", "seed", "drop_connect",
-    )} == {
-        "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": 0.1, "weights": "imagenet",
-        "image_encoder": "efficientnet-b0", "embed_dim": 256, "context_length": 32, "min_freq": 2,
-        "image_size": 224, "schedule": "constant", "warmup_steps": 0, "flip": True,
-        "captions_per_image": 1, "max_images": None, "resume": False, "demo": False, "seed": 0,
-        "drop_connect": 0.2,
+    args = flags_of()
+    expected = {
+        "recipe": "seed", "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": 0.1,
+        "weights": "imagenet", "image_encoder": "efficientnet-b0", "embed_dim": 256,
+        "context_length": 32, "image_size": 224, "captions_per_image": 1, "max_images": None,
+        "resume": False, "demo": False, "seed": 0, "freeze_image_encoder": False,
+        "head_epochs": 0, "image_encoder_lr": None,
     }
+    assert {name: args[name] for name in expected} == expected
     assert args["weight_decay"] > 0 and args["dropout"] > 0
 
 
-@pytest.mark.parametrize("argv", [
-    ["--demo", "--epochs", "1", "--lr", "2e-5", "--flip"],
-    ["--lr", "2e-5", "--epochs", "1", "--flip", "--demo"],
-])
-def test_a_flag_beats_the_demo(argv):
-    """--demo brings its own defaults; what is given counts, even where it is the usual default."""
-    args = vars(train.parse_args(argv))
-    assert (args["epochs"], args["lr"], args["flip"]) == (1, 2e-5, True)
-    others = train.DEMO.keys() - {"epochs", "lr", "flip"}
-    assert {name: args[name] for name in others} == {name: train.DEMO[name] for name in others}
-    assert vars(train.parse_args(["--demo"])).items() >= train.DEMO.items()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_a_set_of_defaults(recipe):
+    """Each recipe says the same flags, all of them flags; and what is given by hand beats it."""
+    assert RECIPES[recipe].keys() == RECIPES["seed"].keys()
+    assert flags_of("--recipe", recipe).items() >= RECIPES[recipe].items()
+    for argv in (["--recipe", recipe, "--epochs", "3", "--lr", "7e-5", "--flip"],
+                 ["--lr", "7e-5", "--epochs", "3", "--flip", "--recipe", recipe]):
+        expected = {**RECIPES[recipe], "epochs": 3, "lr": 7e-5, "flip": True}
+        assert flags_of(*argv).items() >= expected.items()
+
+
+def test_the_demo_has_a_recipe_of_its_own():
+    """--demo takes it unless another one is asked for."""
+    assert flags_of("--demo").items() >= {**RECIPES["demo"], "recipe": "demo"}.items()
+    assert flags_of("--demo", "--recipe", "seed").items() >= RECIPES["seed"].items()
 
 
 @pytest.mark.parametrize("argv", [
     ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"],
     ["--val-fraction", "1"], ["--dropout", "1.5"], ["--max-images", "0"], ["--schedule", "linear"],
     ["--image-encoder", "resnet50"], ["--weight-decay", "-0.1"], ["--weight-decay", "nan"],
-    ["--warmup-steps", "-1"],
+    ["--warmup-steps", "-1"], ["--recipe", "weak"], ["--save-every", "-1"], ["--chunk-size", "0"],
 ], ids=" ".join)
 def test_values_without_sense_are_refused(argv, capsys):
     """A value that cannot be meant ends in argparse's message, which names its flag."""

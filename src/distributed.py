@@ -1,0 +1,105 @@
+"""Several processes as one run: torchrun starts them, each takes its share of every batch.
+
+    torchrun --nproc-per-node 2 train.py …
+
+One process alone runs the same code: a world of one, in which nothing is sent. Every process knows
+the whole batch's photos and captions by number, so how much each will send needs no asking.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def start_processes() -> None:
+    """Join the other processes, if torchrun has started this one; nothing otherwise."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def end_processes() -> None:
+    """Leave the group, so that the others need not find out by themselves."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0. Process 0 alone writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shares(count: int) -> list[range]:
+    """0 … count - 1 cut into one range a process; their lengths differ by at most one."""
+    world = world_size()
+    return [range(count * i // world, count * (i + 1) // world) for i in range(world)]
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows, one after another; as long as each computes the same loss of them."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:  # noqa: ANN001
+        ctx.start, ctx.length = sum(sizes[: rank()]), len(rows)
+        # Padded to equal lengths, which is all that gloo can gather.
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN001
+        # Every process has the whole loss, so what the others would send for these rows equals
+        # what stands here: their sum is a product, and nothing has to be sent.
+        return gradient[ctx.start : ctx.start + ctx.length] * world_size(), None
+
+
+def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Rows of all processes, with their gradient: (sizes[rank], …) -> (sum of sizes, …).
+
+    Args:
+        rows: this process's.
+        sizes: how many rows each process brings; the same list everywhere.
+    """
+    return rows if len(sizes) == 1 else _Gather.apply(rows.contiguous(), sizes)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replace each gradient by its mean over the processes.
+
+    With `gather_rows` this gives every process the gradient of the whole batch's loss: a gathered
+    row brings `world_size` times its gradient, a parameter of the loss itself its whole one from
+    every process, and the mean makes both right.
+    """
+    if world_size() > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not 200
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]),
+                                  strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds in any process: the same answer everywhere."""
+    if world_size() == 1:
+        return flag
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return bool(seen)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if world_size() > 1:
+        any_process(False)

@@ -1,0 +1,98 @@
+"""Features of a frozen image encoder: computed once, kept on the disk, trained on in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from src.augment import eval_view
+from src.dataset import Flickr30kDataset
+from src.distributed import rank
+from src.errors import UserError
+from src.files import exclusive_lock, write_atomic
+from src.image_encoder import ImageEncoder
+from src.runtime import autocast
+
+BATCH_SIZE = 128
+SAVE_BATCHES = 16  # some minutes of a slow machine: what an interruption costs
+
+
+def frozen_features(folder: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
+    """The features of each photo's centre, from `folder` or computed and kept there.
+
+    The file is called by what goes into it, the weights and the pixels, so features of other
+    weights or changed photos are never taken for these. An interrupted call goes on where it was;
+    several processes on one disk compute them once.
+
+    Args:
+        folder: where the files lie.
+        encoder: on the device to compute on; left in eval mode.
+        dataset: N photos, with their pixels.
+
+    Returns:
+        (N, F) float32 on the CPU.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    encoder.eval()
+    path = folder / f"features_{_key(encoder, dataset)}.npy"
+    partial = path.with_suffix(".part.npy")
+    try:
+        with exclusive_lock(folder / "features.lock"):
+            if not path.exists():
+                _compute(partial, encoder, dataset)
+                partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot keep features in {folder}: {error}") from error
+    return torch.from_numpy(np.load(path))
+
+
+def _key(encoder: ImageEncoder, dataset: Flickr30kDataset) -> str:
+    """A digest of the weights, the input size and the pixels."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    digest.update(str(encoder.image_size).encode())
+    for start in range(0, len(dataset.records), BATCH_SIZE):
+        photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
+        digest.update(dataset.pixels(photos).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _compute(path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> None:
+    """Write the features that `path` does not hold yet."""
+    count = len(dataset.records)
+    device = next(encoder.parameters()).device
+    features = np.empty((count, encoder.feature_dim), np.float32)
+    start = 0
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # none yet, or a damaged one
+        done = np.load(path)
+        features[: len(done)], start = done, len(done)
+    with tqdm(total=count, initial=start, desc="features", unit="photo", file=sys.stderr,
+              disable=None if rank() == 0 else True) as bar:
+        while start < count:
+            photos = np.arange(start, min(start + BATCH_SIZE, count))
+            images = eval_view(dataset.pixels(photos).to(device),
+                               encoder.image_size)
+            with autocast(device):
+                features[photos] = encoder(images).float().cpu().numpy()
+            start += len(photos)
+            bar.update(len(photos))
+            if start == count or start // BATCH_SIZE % SAVE_BATCHES == 0:
+                _save(path, features[:start])
+
+
+def _save(path: Path, features: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, features)
+    write_atomic(path, buffer.getvalue())
