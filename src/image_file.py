@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 import warnings
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from src.files import write_atomic
 
-MAX_PIXELS = 178_956_970  # decoded; Pillow's own limit against decompression bombs, 0.5 GB as RGB
+MAX_PIXELS = 100_000_000  # decoded: what the largest cameras take, 2 GB while it is converted
+LARGE_PIXELS = 2**24
+LARGE = threading.Lock()  # large pictures come one at a time, however many threads decode
 Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
 # Of corrupt EXIF and the like; the pixels decide. For good, since catch_warnings in the decoding
 # threads would race for the process's filters.
@@ -23,6 +29,10 @@ TURNS = {  # EXIF orientation -> what turns the photo upright
 }
 
 
+class ReadError(ValueError):
+    """The disk or the memory failed, not the picture: another try may go well."""
+
+
 def load_image(path: Path, longest: int | None = None) -> Image.Image:
     """Decode one photo: RGB, upright by its EXIF orientation, transparency over white.
 
@@ -31,7 +41,7 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
         longest: shrink so that no side is longer than this many pixels.
 
     Raises:
-        ValueError: not a readable picture; the message says why.
+        ValueError: not a readable picture; the message says why. A ReadError where that may pass.
     """
     try:
         with Image.open(path) as image:
@@ -39,18 +49,25 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
             # held in memory as a whole all the same, so its full size counts below.
             if longest and not image.info.get("progressive"):
                 image.draft("RGB", (longest, longest))
-            if image.width * image.height > MAX_PIXELS:
+            n_pixels = image.width * image.height
+            if n_pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            image.load()
-            image = _to_rgb(_upright(image))
+            if image.format == "EPS":  # Pillow would run Ghostscript on the stranger's program
+                raise ValueError("PostScript is a program, not a picture")
+            with LARGE if n_pixels > LARGE_PIXELS else nullcontext():
+                image.load()
+                image = _to_rgb(_upright(image))
+                if longest:
+                    image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
+                return image
     except UnidentifiedImageError as error:
         raise ValueError("not a picture in a known format") from error
+    except MemoryError as error:
+        raise ReadError("not enough memory") from error
     except Exception as error:  # Pillow's readers raise anything at all on broken files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(reason) from error
-    if longest:
-        image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
-    return image
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
+            raise ReadError(error.strerror or str(error)) from error
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -75,6 +92,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def leading_out(folder: Path, names: list[str]) -> set[str]:
+    """Those of `names` that lie outside `folder` in truth: links, or files in linked folders.
+
+    By such a name a stranger's photos would show the user's own, or put them on a web page.
+    """
+    root, real_folder = os.path.realpath(folder), cache(os.path.realpath)
+
+    def leads_out(name: str) -> bool:
+        path = os.path.join(root, name)
+        real = os.path.realpath(path) if os.path.islink(path) else real_folder(
+            os.path.dirname(path))
+        return os.path.commonpath([root, real]) != root
+
+    return {name for name in names if leads_out(name)}
 
 
 def load_square(path: Path, size: int) -> np.ndarray:

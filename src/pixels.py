@@ -10,9 +10,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,9 @@ from tqdm import tqdm
 
 from src.errors import UserError
 from src.files import exclusive_lock, sync_folder, write_atomic
-from src.image_file import load_square
+from src.image_file import ReadError, leading_out, load_square
 
-CHUNK = 512  # photos between two journal writes: what an interruption may cost
+CHUNK = 512  # photos between two journal writes: an interruption may cost two such
 
 
 def store_size(image_size: int) -> int:
@@ -41,7 +40,7 @@ class PixelStore:
     On disk lie `pixels_<size>.uint8`, the rows one after another, and `pixels_<size>.jsonl`, one
     line for each decoded photo with its row and the file's size and time. A line is written only
     after its pixels, so an interrupted build goes on where it stopped, and a photo that changed
-    is decoded again.
+    is decoded again. What is wrong with a picture is remembered, a failure of the disk is not.
     """
 
     def __init__(self, pixels: np.ndarray, rows: dict[str, int], failed: dict[str, str]) -> None:
@@ -65,10 +64,12 @@ class PixelStore:
             UserError: not enough disk, or the folder cannot be written.
         """
         try:
-            with exclusive_lock(folder / f"pixels_{size}.lock"):
+            with exclusive_lock(folder / f"pixels_{size}.lock",
+                                "another run is decoding the photos; waiting"):
                 return cls._build_locked(folder, images, names, size, workers)
         except OSError as error:
-            raise UserError(f"cannot keep decoded pixels in {folder}: {error}") from error
+            raise UserError(f"cannot keep decoded pixels in {folder}: {error.strerror or error}; "
+                            "choose another place with --cache-dir") from error
 
     @classmethod
     def _build_locked(
@@ -77,17 +78,28 @@ class PixelStore:
         data, journal = folder / f"pixels_{size}.uint8", folder / f"pixels_{size}.jsonl"
         row_bytes = size * size * 3
         entries = _read_journal(journal, data, row_bytes)
-        signatures = {name: _signature(images / name) for name in names}
-        stale = [name for name in names
-                 if name not in entries or entries[name]["signature"] != signatures[name]]
+        outside = leading_out(images, names)
+        signatures = {name: _signature(images / name) for name in names if name not in outside}
+        stale = [name for name, signature in signatures.items()
+                 if name not in entries or entries[name]["signature"] != signature]
         if stale:
             next_row = 1 + max((entry["row"] for entry in entries.values()), default=-1)
             rows = {}
             for name in stale:
                 rows[name] = entries[name]["row"] if name in entries else next_row
                 next_row = max(next_row, rows[name] + 1)
-            _check_disk(folder, data, next_row * row_bytes, len(stale), size)
-            _decode_into(data, journal, images, rows, signatures, entries, size, workers)
+            needed = next_row * row_bytes
+            _check_disk(folder, data, needed, len(stale), size)
+            try:
+                _decode_into(data, journal, images, rows, signatures, entries, size, workers)
+            except OSError as error:
+                raise UserError(
+                    f"{data} cannot grow to the {needed:,} bytes that the photos need: "
+                    f"{error.strerror or error}. What is decoded is kept: make room, or choose "
+                    "another place with --cache-dir, and start again") from error
+        for name in outside:
+            entries[name] = {"error": "a link that leads out of the folder of photos: "
+                                      "put the photo itself there"}
         n_rows = data.stat().st_size // row_bytes if data.exists() else 0
         pixels = (np.memmap(data, np.uint8, "r", shape=(n_rows, size, size, 3)) if n_rows
                   else np.zeros((0, size, size, 3), np.uint8))
@@ -130,9 +142,9 @@ def _check_disk(folder: Path, data: Path, needed: int, n_photos: int, size: int)
           f"({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
     if extra > free:
         raise UserError(
-            f"the decoded photos need {extra / 1e9:.2f} GB more in {folder}, where "
-            f"{free / 1e9:.2f} GB are free: make room, choose another place with --cache-dir, "
-            "or take fewer photos with --max-images or smaller ones with --image-size"
+            f"the decoded photos need {extra:,} bytes more in {folder}, where {free:,} are free: "
+            "make room, choose another place with --cache-dir, or take fewer photos with "
+            "--max-images or smaller ones with --image-size"
         )
 
 
@@ -141,7 +153,6 @@ def _decode_into(
     signatures: dict[str, list[int]], entries: dict[str, dict], size: int, workers: int | None,
 ) -> None:
     """Decode the photos of `rows` into their rows of the data file and note them in the journal."""
-    row_bytes = size * size * 3
     # First the journal without the photos to come, and without rows that the data file has lost:
     # such a line would come true again, for another photo's pixels, once the file has grown.
     kept = [entry for name, entry in entries.items() if name not in rows]
@@ -149,39 +160,45 @@ def _decode_into(
     # Rows are written, not mapped: a full disk is then an error that can be told, not a SIGBUS.
     descriptor = os.open(data, os.O_RDWR | os.O_CREAT, 0o644)
 
-    def decode(name: str) -> tuple[str, str]:
+    def decode(name: str) -> bool:
+        """Whether the outcome, now among `entries`, will be the same another time."""
+        entry = entries[name] = {
+            "name": name, "row": rows[name], "signature": signatures[name], "error": ""}
+        pixels = np.zeros((size, size, 3), np.uint8)
         try:
-            pixels, error = load_square(images / name, size), ""
-        except ValueError as cause:
-            pixels, error = np.zeros((size, size, 3), np.uint8), str(cause)
-        view, offset = memoryview(pixels).cast("B"), rows[name] * row_bytes
+            pixels = load_square(images / name, size)
+        except ReadError as error:
+            entry["error"] = str(error)
+            return False
+        except ValueError as error:
+            entry["error"] = str(error)
+        view, offset = memoryview(pixels).cast("B"), rows[name] * size * size * 3
         while view:
             written = os.pwrite(descriptor, view, offset)
             view, offset = view[written:], offset + written
-        return name, error
+        return True
 
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    names = list(rows)
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    waiting: deque[tuple[list[str], list[Future]]] = deque()
     try:
-        with (ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-              open(journal, "a", encoding="utf-8") as log,
+        with (open(journal, "a", encoding="utf-8") as log,
               tqdm(total=len(rows), desc="decoding", unit="photo") as bar):
-            names = iter(rows)
-            while chunk := list(islice(names, CHUNK)):
-                done = list(_map_with_progress(pool, decode, chunk, bar))
+            for chunk in [*chunks, []]:  # one chunk ahead, so that no core idles during a flush
+                waiting.append((chunk, [pool.submit(decode, name) for name in chunk]))
+                if len(waiting) < 2:
+                    continue
+                lines = []
+                for name, future in zip(*waiting.popleft(), strict=True):
+                    if future.result():
+                        lines.append(json.dumps(entries[name]) + "\n")
+                    bar.update()
                 os.fsync(descriptor)  # pixels first, then the lines that vouch for them
-                for name, error in done:
-                    entry = {"name": name, "row": rows[name], "signature": signatures[name],
-                             "error": error}
-                    entries[name] = entry
-                    log.write(json.dumps(entry) + "\n")
+                log.writelines(lines)
                 log.flush()
                 os.fsync(log.fileno())
         sync_folder(data.parent)
     finally:
+        pool.shutdown(cancel_futures=True)
         os.close(descriptor)
-
-
-def _map_with_progress(pool: ThreadPoolExecutor, function, items: list, bar: tqdm) -> Iterator:
-    """pool.map that moves the progress bar as results arrive."""
-    for result in pool.map(function, items):
-        bar.update()
-        yield result

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -14,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from src.image_file import load_image, load_square, write_image
+import src.image_file
+from src.image_file import ReadError, leading_out, load_image, load_square, write_image
 
 
 def noise(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -200,6 +205,105 @@ def test_huge_pictures_are_refused_before_they_are_decoded(
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="30000x30000 pixels are too many"):
         load_image(write(tmp_path / "a"), longest)
+
+
+def flat_jpeg(path: Path, side: int) -> Path:
+    """A whole grey JPEG of any side that 16 divides, without the memory to make one."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 128).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    size, scan = content.index(b"\xff\xc0") + 5, content.index(b"\xff\xda") + 2
+    scan += struct.unpack(">H", content[scan : scan + 2])[0]
+    # A block like the one before it is 001010 in JPEG's standard codes; four of them, three bytes.
+    path.write_bytes(content[:size] + struct.pack(">HH", side, side) + content[size + 4 : scan]
+                     + b"\x28\xa2\x8a" * (side // 16) ** 2 + b"\xff\xd9")
+    return path
+
+
+def test_a_photo_of_30000_pixels_is_read_in_little_memory(tmp_path: Path) -> None:
+    """JPEG's decoder leaves out the detail that would be thrown away: 0.1 GB instead of 2.7."""
+    path = flat_jpeg(tmp_path / "a.jpg", 30_000)
+    script = ("import resource, sys; from pathlib import Path\n"
+              "from src.image_file import load_square\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "assert (load_square(Path(sys.argv[1]), 240) == 128).all()\n"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) * (1 if sys.platform == "darwin" else 1024) < 300e6
+
+
+def test_large_pictures_come_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many threads decode, only one of them holds a large picture; small ones go on."""
+    monkeypatch.setattr(src.image_file, "LARGE_PIXELS", 100)
+    large = saved(tmp_path / "large.png", Image.fromarray(noise(20, 20)))
+    small = saved(tmp_path / "small.png", Image.fromarray(noise(5, 5)))
+    load, held = ImageFile.ImageFile.load, []
+
+    def watched(image: ImageFile.ImageFile) -> object:
+        held.append((image.size, src.image_file.LARGE.locked()))
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    for path in (large, small):
+        load_image(path)
+    assert (((20, 20), True) in held and ((5, 5), False) in held
+            and ((20, 20), False) not in held and ((5, 5), True) not in held)
+    assert not src.image_file.LARGE.locked()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_failing_disk_is_told_from_a_bad_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """What may go well another time is a ReadError; what is wrong with the bytes is none."""
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    path = saved(tmp_path / "a.png", Image.fromarray(noise()))
+    with monkeypatch.context() as patch, pytest.raises(ReadError, match=os.strerror(code)):
+        patch.setattr(src.image_file.Image, "open", fails)
+        load_image(path)
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        with pytest.raises(ValueError) as raised:
+            load_image(unreadable(tmp_path / kind, kind))
+        assert (raised.type is ReadError) == (kind in ("folder", "missing"))
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript for it; a file is a picture or refused, never a program."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="program"):
+        load_image(path)
+
+
+def test_names_that_lead_out_are_found(tmp_path: Path) -> None:
+    """A link out of the folder, straight or by a folder, is named; links within it are not."""
+    inside, outside = tmp_path / "photos", tmp_path / "photos private"
+    (inside / "sub").mkdir(parents=True)
+    (outside / "sub").mkdir(parents=True)
+    for folder in (inside, outside):
+        saved(folder / "a.png", Image.fromarray(noise()))
+        saved(folder / "sub" / "b.png", Image.fromarray(noise()))
+    (inside / "out.png").symlink_to(outside / "a.png")
+    (inside / "up.png").symlink_to("../photos private/a.png")
+    (inside / "twice.png").symlink_to("out.png")
+    (inside / "linked").symlink_to(outside / "sub")
+    (inside / "gone.png").symlink_to(outside / "nothing.png")
+    (inside / "own.png").symlink_to("sub/b.png")
+    (inside / "own").symlink_to(inside / "sub")
+    (inside / "circle.png").symlink_to("circle.png")
+    bad = ["out.png", "up.png", "twice.png", "linked/b.png", "gone.png"]
+    good = ["a.png", "sub/b.png", "own.png", "own/b.png", "circle.png", "none.png", "x" * 300]
+    assert leading_out(inside, [*bad, *good]) == set(bad)
+    (tmp_path / "link").symlink_to(inside)  # the folder itself may be a link
+    assert leading_out(tmp_path / "link", [*bad, *good]) == set(bad)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of what it finds

@@ -5,14 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import src.pixels
 from src.errors import UserError
+from src.files import exclusive_lock
 from src.image_file import load_square, write_image
 from src.pixels import PixelStore, store_size
 
@@ -34,6 +41,19 @@ def photos(tmp_path: Path) -> Path:
 
 
 NAMES = [f"{i}.png" for i in range(10)] + ["bad.png"]
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte, which only root can mount, and not everywhere."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not sys.platform.startswith("linux") or subprocess.run(
+            command, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture()
@@ -165,7 +185,7 @@ def test_the_journal_vouches_only_for_pixels_on_the_disk(
     monkeypatch.setattr(src.pixels.os, "pwrite", counting_write)
     monkeypatch.setattr(src.pixels.os, "fsync", checking_fsync)
     check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
-    assert flushed == [0, 3, 6, 9, 11]
+    assert flushed[0] == 0 and flushed[-1] == 11 and len(flushed) == 5
 
 
 @pytest.mark.parametrize("line", [
@@ -234,6 +254,144 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(
         patch.setattr(src.pixels.os, "pwrite", full)
         PixelStore.build(tmp_path / "s", photos, NAMES, 9)
     check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+
+
+def test_a_full_disk_costs_nothing_that_was_done(
+    tmp_path: Path, photos: Path, small_disk: Path, decoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same on a real disk that is full: the bytes needed are told, earlier rows are whole, and
+    with the room the next build goes on to the end."""
+    PixelStore.build(small_disk / "s", photos, NAMES[:4], 200)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1,320,000 b.*No space"):
+        patch.setattr(src.pixels.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+        PixelStore.build(small_disk / "s", photos, NAMES, 200)
+    with pytest.raises(UserError, match=r"need [\d,]+ bytes more"):  # told beforehand
+        PixelStore.build(small_disk / "s", photos, NAMES, 200)
+    decoded.clear()
+    check(PixelStore.build(small_disk / "s", photos, NAMES[:4], 200), photos, NAMES[:4], 200)
+    assert decoded == []
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    check(PixelStore.build(small_disk / "s", photos, NAMES, 200), photos, NAMES, 200)
+
+
+def test_a_failing_disk_is_not_remembered(
+    tmp_path: Path, photos: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photo that the disk did not give is failed this time and tried again the next; what is no
+    picture is not tried again until it changes."""
+    opens = Image.open
+
+    def fails(path: Path, *args: object) -> Image.Image:
+        if path.name in ("2.png", "9.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opens(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fails)
+        for _ in range(2):
+            store = PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+            assert list(store.failed) == ["2.png", "9.png", "bad.png"]
+            assert store.failed["9.png"] == os.strerror(errno.EIO)
+            good = [name for name in NAMES[:10] if name not in store.failed]
+            assert sorted(store.rows) == good
+    decoded.clear()
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    assert sorted(decoded) == ["2.png", "9.png"]
+
+
+def test_a_folder_named_as_a_photo_is_failed(tmp_path: Path, photos: Path) -> None:
+    """It is named with a reason, and the rest is whole."""
+    (photos / "folder.png").mkdir()
+    store = PixelStore.build(tmp_path / "s", photos, [*NAMES, "folder.png"], 9)
+    assert store.failed["folder.png"] == os.strerror(errno.EISDIR) and len(store.rows) == 10
+
+
+def test_links_out_of_the_folder_are_failed(
+    tmp_path: Path, photos: Path, decoded: list[str]
+) -> None:
+    """They are named, and hold no other file's pixels; a link within the folder is a photo."""
+    (tmp_path / "private.png").write_bytes((photos / "1.png").read_bytes())
+    (photos / "0.png").unlink()
+    (photos / "0.png").symlink_to(tmp_path / "private.png")
+    (photos / "2.png").unlink()
+    (photos / "2.png").symlink_to("3.png")
+    for _ in range(2):
+        store = PixelStore.build(tmp_path / "s", photos, NAMES[:10], 9)
+        assert list(store.failed) == ["0.png"] and "link" in store.failed["0.png"]
+        assert "0.png" not in decoded and sorted(store.rows) == NAMES[1:10]
+        for name in store.rows:
+            np.testing.assert_array_equal(store.pixels[store.rows[name]],
+                                          load_square(photos / name, 9))
+    (photos / "0.png").unlink()
+    write_image(photos / "0.png", noise(seed=7))
+    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+
+
+def test_a_second_build_waits_and_says_so(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one run decodes, another waits for it, tells, and then has nothing left to do."""
+    waiting = threading.Event()
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(
+        write=lambda text: waiting.set() if "another run is decoding" in text else None,
+        flush=lambda: None))
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive_lock(tmp_path / "s" / "pixels_9.lock"):
+            second = pool.submit(PixelStore.build, tmp_path / "s", photos, NAMES, 9)
+            assert waiting.wait(60) and not second.done()
+            assert not (tmp_path / "s" / "pixels_9.uint8").exists()
+        check(second.result(60), photos, NAMES)
+
+
+# Run by a process of its own, which forks: the k-th child goes on with a copy of the store and ends
+# itself by SIGKILL at its k-th call of the system, until one gets to the end.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import src.pixels
+src.pixels.CHUNK = 3
+start, photos, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+
+def build(store, last_call):
+    calls = [0]
+    def counted(function):
+        def call(*args):
+            calls[0] += 1
+            if calls[0] == last_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+        return call
+    for name in ("pwrite", "fsync", "replace", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+    src.pixels.PixelStore.build(store, photos, names, 9)
+    os._exit(0)
+
+for last_call in range(1, 1000):
+    store = start.with_name(f"killed-{last_call}")
+    shutil.copytree(start, store)
+    child = os.fork() or build(store, last_call)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+"""
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_store_survives_a_kill_at_every_call(tmp_path: Path, photos: Path, before: int) -> None:
+    """Killed at the first, the second, ... call of the system, a new store and one with photos in
+    it go on to the same end, and nothing else is left in the folder."""
+    PixelStore.build(tmp_path / "s", photos, NAMES[:before], 9)
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "s", photos, *NAMES],
+                         capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    stores = list(tmp_path.glob("killed-*"))
+    assert len(stores) > 15
+    for store in stores:
+        check(PixelStore.build(store, photos, NAMES, 9), photos, NAMES)
+        assert {path.name for path in store.iterdir()} == {
+            "pixels_9.lock", "pixels_9.uint8", "pixels_9.jsonl"}
 
 
 def test_rows_written_in_pieces_are_whole(
