@@ -168,7 +168,9 @@ def train(
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
             if rank() == 0:
                 keep(run, results, is_best)
-    if rank() == 0:
+    is_first = rank() == 0
+    end_processes()  # what is left is for one
+    if is_first:
         show_best(results, val_set, device)
     return 0
 

@@ -9,6 +9,7 @@ the whole batch's photos and captions by number, so how much each will send need
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,14 @@ from torch import nn
 
 
 def start_processes() -> None:
-    """Join the other processes, if torchrun has started this one; nothing otherwise."""
+    """Join the other processes, if torchrun has started this one; nothing otherwise.
+
+    Process 0 alone speaks on standard output from then on.
+    """
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
 
 def end_processes() -> None:

@@ -1,14 +1,24 @@
-"""Device, precision and randomness."""
+"""Device, precision, randomness, and what the machine asks of a run."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import pytest
 import torch
 
 from src.errors import UserError
-from src.runtime import autocast, compute_dtype, grad_scaler, pick_device, seed_all
+from src.runtime import (
+    autocast,
+    compute_dtype,
+    grad_scaler,
+    out_of_memory_told,
+    pick_device,
+    seed_all,
+    stop_on_request,
+)
 
 CPU = torch.device("cpu")
 
@@ -73,3 +83,44 @@ def test_grad_scaler_passes_everything_on():
             optimizer.step()
         results.append(weight.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    """One signal is a request; after it, and after the block, signals do what they did before."""
+    seen = []
+    outer = signal.signal(number, lambda *_: seen.append(1))
+    try:
+        with stop_on_request() as request:
+            assert request.signal is None
+            os.kill(os.getpid(), number)
+            assert (request.signal, seen) == (number, [])
+            os.kill(os.getpid(), number)
+            assert seen == [1]
+        with stop_on_request() as request:
+            pass
+        os.kill(os.getpid(), number)
+        assert seen == [1, 1] and request.signal is None
+    finally:
+        signal.signal(number, outer)
+
+
+def test_out_of_memory_names_the_flags():
+    """Where memory ends, on the host or a GPU, the message says what to lower."""
+    failures = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore")]
+    for failure in failures:
+        with pytest.raises(UserError, match="--chunk-size.*--batch-size.*--image-size"), \
+                out_of_memory_told():
+            raise failure
+
+
+def test_what_the_host_cannot_give_is_out_of_memory():
+    """torch's own error for more memory than any machine has is one of them."""
+    with pytest.raises(UserError, match="out of memory"), out_of_memory_told():
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_other_mistakes_stay_our_own():
+    """A bug that raises RuntimeError keeps its traceback."""
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory_told():
+        torch.zeros(2).reshape(3)

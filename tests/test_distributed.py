@@ -1,0 +1,159 @@
+"""Two processes over gloo, against one with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_data
+
+import train
+from src.annotations import ImageRecord
+from src.dataset import Flickr30kDataset
+from src.distributed import (
+    any_process,
+    gather_rows,
+    rank,
+    shares,
+    start_processes,
+    world_size,
+)
+from src.engine import backward
+from src.model import DualEncoder, ModelConfig
+from src.pixels import PixelStore
+from src.retrieval import embed_images, evaluate_retrieval
+from src.runtime import grad_scaler, seed_all
+from src.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """A command in several processes of this machine, as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(processes), *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )
+
+
+def make_dataset(photos: int) -> Flickr30kDataset:
+    """Photos of noise with one to three captions each."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (photos, 36, 36, 3), dtype=torch.uint8).numpy()
+    records = [ImageRecord(f"{i}.jpg", tuple(f"photo {i} word{j}" for j in range(1 + i % 3)))
+               for i in range(photos)]
+    store = PixelStore(pixels, {record.name: i for i, record in enumerate(records)}, {})
+    return Flickr30kDataset(records, store, Tokenizer.from_captions(
+        [caption for record in records for caption in record.captions], 1, 6))
+
+
+def one_step(chunk_size: int | None) -> dict[str, torch.Tensor]:
+    """Loss, gradients, embeddings and metrics of an uneven batch of seven photos.
+
+    By this process's share of them. BatchNorm's statistics are fixed and nothing is dropped, so
+    that sharing changes nothing.
+    """
+    dataset = make_dataset(7)
+    seed_all(0, "weights")
+    model = DualEncoder(ModelConfig(vocab_size=len(dataset.tokens) + 9, image_size=32, token_dim=12,
+                                    embed_dim=8, dropout=0.0, drop_connect=0.0)).train()
+    model.image_encoder.freeze_batchnorm()
+    items = dataset.epoch(7, 2, seed=0, epoch=1)[0]
+    batch = dataset.batch(items, shares(len(items))[rank()])
+    loss = backward(model, grad_scaler(torch.device("cpu")), batch, flip=True, key=(0, 1, 0),
+                    chunk_size=chunk_size)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    metrics = torch.tensor(list(evaluate_retrieval(model, dataset).values()))
+    return {"loss": loss, "metrics": metrics, "embeddings": embed_images(model, dataset), **found}
+
+
+def worker(folder: Path, chunk_size: int | None) -> None:
+    """What each of the processes does: save what it found."""
+    start_processes()
+    assert world_size() > 1
+    assert any_process(rank() == 1) and not any_process(False)
+    rows = torch.full((rank() + 1, 2), float(rank()))
+    gathered = gather_rows(rows, [i + 1 for i in range(world_size())])
+    assert gathered[:, 0].tolist() == [float(i) for i in range(world_size()) for _ in range(i + 1)]
+    torch.save(one_step(chunk_size), folder / f"{rank()}.pt")
+
+
+@pytest.mark.parametrize(("processes", "chunk_size"), [(2, None), (3, 2)])
+def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size):
+    """Loss, all gradients, embeddings and metrics of each process equal those of one process with
+    the whole batch, also where the batch does not divide and each share is cut into chunks."""
+    ran = torchrun(__file__, str(tmp_path), str(chunk_size or 0), processes=processes)
+    assert ran.returncode == 0, ran.stderr
+    expected = one_step(None)
+    for number in range(processes):
+        found = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            scale = value.abs().max().item() + 1e-6
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale,
+                                       msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_torchrun_trains_as_one_process_does(tmp_path):
+    """train.py under torchrun: one writer, the same split and words, the same losses and recall as
+    alone (batch statistics fixed, nothing dropped), and one voice on the screen."""
+    images, annotations = make_tiny_data(tmp_path / "data")
+    flags = ["--images", str(images), "--annotations", str(annotations), "--val-fraction", "0.25",
+             "--image-size", "32", "--embed-dim", "16", "--token-dim", "24", "--weights", "none",
+             "--batch-size", "5", "--device", "cpu", "--lr", "1e-4", "--epochs", "2", "--dropout",
+             "0", "--drop-connect", "0", "--freeze-batchnorm", "--captions-per-image", "2"]
+    ran = torchrun("train.py", *flags, "--results-dir", str(tmp_path / "two"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("epoch 1: loss") == 1 and ran.stdout.count("train: 9 photos") == 1
+    assert train.main([*flags, "--results-dir", str(tmp_path / "one")]) == 0
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert one["steps"] == two["steps"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["metrics"]["text_to_image_mean_rank"] == pytest.approx(
+            one["metrics"]["text_to_image_mean_rank"], abs=0.5)
+    models = [torch.load(tmp_path / name / "models" / "flickr30k_clip_last.pth", weights_only=True)
+              for name in ("one", "two")]
+    assert models[0]["vocab"] == models[1]["vocab"] and models[0]["data"] == models[1]["data"]
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
+    """A process without a photo would have nothing to do: told with the cure, and no traceback."""
+    images, annotations = make_tiny_data(tmp_path / "data")
+    ran = torchrun("train.py", "--images", str(images), "--annotations", str(annotations),
+                   "--batch-size", "1", "--weights", "none", "--results-dir", str(tmp_path / "r"))
+    assert ran.returncode != 0
+    assert "error: --batch-size 1 leaves some of 2 processes without a photo" in ran.stderr
+    assert "src/" not in ran.stderr
+
+
+def test_alone_nothing_is_sent():
+    """Without torchrun there is a world of one, in which rows and flags come back as they are."""
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert (world_size(), rank()) == (1, 0)
+    assert gather_rows(rows, [3]) is rows
+    assert any_process(True) and not any_process(False)
+    assert shares(5) == [range(5)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_differ_by_at_most_one(monkeypatch, count, world):
+    """Shares cover everything once, in order, and no process has much more to do than another."""
+    monkeypatch.setattr("src.distributed.world_size", lambda: world)
+    parts = shares(count)
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(Path(sys.argv[1]), int(sys.argv[2]) or None)
