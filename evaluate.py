@@ -2,6 +2,7 @@
 
     python evaluate.py                                  # the best checkpoint, validation photos
     python evaluate.py --split test --checkpoint results/models/flickr30k_clip_best.pth
+    python evaluate.py --mistakes mistakes.png          # the worst queries, as a picture
     python evaluate.py --demo
 
 Unique photos against all their captions; image-to-text counts the best of a photo's captions; ties
@@ -27,6 +28,8 @@ from src.cli import (
 from src.dataset import Flickr30kDataset, open_source
 from src.errors import UserError, run_script
 from src.files import write_atomic
+from src.mistakes import find_mistakes, plot_mistakes
+from src.model import DualEncoder
 from src.pixels import PixelStore, store_size
 from src.report import format_table, write_rejected
 from src.retrieval import evaluate_retrieval
@@ -47,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the JSON (default: RESULTS_DIR/evaluation_SPLIT.json)")
+    parser.add_argument("--mistakes", type=Path, metavar="FILE.png",
+                        help="draw the captions that rank their own photo worst")
     parser.add_argument("--device", default="auto", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
@@ -85,7 +90,22 @@ def main(argv: list[str] | None = None) -> int:
           f"{checkpoint} (epoch {content.get('epoch')})\n")
     print(format_table(metrics))
     print(f"\n{output}")
+    if args.mistakes:
+        tell_mistakes(args.mistakes, model, dataset)
     return 0
+
+
+def tell_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:
+    """Draw the worst queries, and say how many mistakes no bag of words could have avoided."""
+    mistakes = find_mistakes(model, dataset)
+    if not mistakes:
+        print("every caption finds its photo first: there are no mistakes to draw")
+        return
+    plot_mistakes(path, dataset, mistakes)
+    same = sum(mistake.same_words for mistake in mistakes)
+    print(f"{len(mistakes):,} of {len(dataset):,} captions do not find their photo first; for "
+          f"{same:,} of them the photo in front\nhas all their words in captions of its own: only "
+          f"order and number could tell the two apart\nthe worst: {path}")
 
 
 if __name__ == "__main__":

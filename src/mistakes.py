@@ -1,0 +1,80 @@
+"""What a model gets wrong: the captions that rank their own photo worst, with what came first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from src.dataset import Flickr30kDataset
+from src.metrics import text_to_image_ranks
+from src.model import DualEncoder
+from src.plots import SheetRow, plot_contact_sheet
+from src.retrieval import embed_images, embed_tokens
+from src.tokenizer import split_words
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A caption whose photo is not the first.
+
+    Attributes:
+        caption: its row in the dataset.
+        rank: of its photo among all photos, from 2.
+        first: the photos at the head of the ranking, by number.
+        same_words: whether the first photo's own captions have every word of this one, so that
+            only the words' order and number could tell the two photos apart.
+    """
+
+    caption: int
+    rank: int
+    first: list[int]
+    same_words: bool
+
+
+def find_mistakes(model: DualEncoder, dataset: Flickr30kDataset, top: int = 4) -> list[Mistake]:
+    """All mistakes of a split, the worst first; of equal ranks the earlier caption.
+
+    Args:
+        model: on any device; left in eval mode.
+        top: photos of the head of each ranking to name.
+    """
+    images = embed_images(model, dataset)
+    words = [{word for caption in record.captions for word in split_words(caption)}
+             for record in dataset.records]
+    found = []
+    for rows in torch.arange(len(dataset)).split(1024):
+        similarity = embed_tokens(model, dataset.tokens[rows]) @ images.T  # (1024, N)
+        ranks = text_to_image_ranks(similarity, dataset.image_index[rows])
+        first = similarity.topk(min(top, len(images))).indices.tolist()
+        found += [
+            Mistake(row, rank, photos,
+                    words[photos[0]].issuperset(split_words(dataset.captions[row])))
+            for row, rank, photos in zip(rows.tolist(), ranks.tolist(), first, strict=True)
+            if rank > 1
+        ]
+    return sorted(found, key=lambda mistake: (-mistake.rank, mistake.caption))
+
+
+def plot_mistakes(
+    path: Path, dataset: Flickr30kDataset, mistakes: list[Mistake], count: int = 8
+) -> None:
+    """Draw the first `count` mistakes, one a photo: its rank, its photo (framed), what came first.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows: dict[int, SheetRow] = {}
+    for mistake in mistakes:
+        own = int(dataset.image_index[mistake.caption])
+        if len(rows) < count and own not in rows:
+            others = [photo for photo in mistake.first if photo != own]
+            rows[own] = SheetRow(
+                dataset.captions[mistake.caption],
+                list(dataset.pixels(torch.tensor([own, *others]).numpy()).numpy()),
+                [f"its photo, rank {mistake.rank:,}",
+                 *(f"rank {place}" for place in range(1, len(others) + 1))],
+                right=0,
+            )
+    plot_contact_sheet(path, list(rows.values()))
