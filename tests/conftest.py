@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,19 @@ COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 def tiny_data(tmp_path: Path) -> tuple[Path, Path]:
     """12 photos of 20x24 pixels, JPEG and PNG, with five captions each: (images, annotations)."""
     return make_tiny_data(tmp_path / "data")
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte, which only root can mount, and not everywhere."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not sys.platform.startswith("linux") or subprocess.run(
+            command, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def make_tiny_data(folder: Path, n_photos: int = 12) -> tuple[Path, Path]:

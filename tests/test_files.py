@@ -6,8 +6,11 @@ import errno
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,84 @@ def test_a_failed_write_leaves_the_old_file(
     with pytest.raises(UserError, match=r"1,000 bytes.*No space"):
         write_atomic(path, b"n" * 1000)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
+    """The same on a real disk of one megabyte; what fits is written afterwards."""
+    path = small_disk / "file"
+    write_atomic(path, b"o" * 300_000)
+    with pytest.raises(UserError, match=r"2,000,000 bytes.*No space"):
+        write_atomic(path, b"n" * 2_000_000)
+    assert path.read_bytes() == b"o" * 300_000 and list(small_disk.iterdir()) == [path]
+    write_atomic(path, b"n" * 600_000)
+    assert path.read_bytes() == b"n" * 600_000
+
+
+def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
+    """Half-written temporary files do not add up."""
+    (tmp_path / ".file.tmp").write_bytes(b"half of something longer than the new content")
+    write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+# Run by a process of its own, which forks: the k-th child ends itself by SIGKILL at its k-th call
+# of the system, until one gets to the end.
+KILLED = """
+import builtins, fcntl, os, signal, sys
+from pathlib import Path
+import src.files
+path = Path(sys.argv[1])
+
+def write(last_call):
+    calls = [0]
+    def counted(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == last_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "open"), (builtins, "open"),
+                        (fcntl, "flock"), (os, "fstat"), (os, "close")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    src.files.write_atomic(path, b"new" * 100)
+    os._exit(0)
+
+outcomes = []
+for last_call in range(1, 1000):
+    path.write_bytes(b"old")
+    child = os.fork() or write(last_call)
+    status = os.waitpid(child, 0)[1]
+    outcomes.append({b"old": "o", b"new" * 100: "n"}[path.read_bytes()])
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+print("".join(outcomes))
+"""
+
+
+def test_a_writer_killed_at_every_call_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+    """Old up to the renaming, new after it, and never anything else."""
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "file"], capture_output=True,
+                         text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch("o{4,}n{2,}\n", run.stdout)
+
+
+def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    """Whatever they do at once, the file is one of theirs, whole, and no temporary file is left."""
+    contents = [bytes([i]) * (200_000 + i) for i in range(4)]
+    seen = set()
+
+    def write(content: bytes) -> None:
+        for _ in range(15):
+            write_atomic(tmp_path / "file", content)
+            seen.add((tmp_path / "file").read_bytes() in contents)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert seen == {True} and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
@@ -101,6 +182,19 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for name in ("missing.pth", ".", "text.pth", "empty.pth", "cut.pth", "tensor.pth"):
         with pytest.raises(UserError, match=str(tmp_path)):
             load_tensors(tmp_path / name)
+
+
+def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+    """A small file cannot ask for gigabytes: torch writes its archives unpacked."""
+    save_tensors(tmp_path / "good.pth", {"a": torch.zeros(10**6)})
+    with (zipfile.ZipFile(tmp_path / "good.pth") as good,
+          zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb):
+        for entry in good.infolist():
+            bomb.writestr(entry.filename, good.read(entry))
+    assert (tmp_path / "bomb.pth").stat().st_size < 20_000
+    with pytest.raises(UserError, match="unpacks to 4,0"):
+        load_tensors(tmp_path / "bomb.pth")
+    assert torch.equal(load_tensors(tmp_path / "good.pth")["a"], torch.zeros(10**6))
 
 
 CONTENT = {"a": torch.arange(5), "b": {"c": [1, 2.5, "x", True]}}
