@@ -4,6 +4,7 @@
     python evaluate.py --split test --checkpoint results/models/flickr30k_clip_best.pth
     python evaluate.py --mistakes mistakes.png          # the worst queries, as a picture
     python evaluate.py --demo
+    torchrun --nproc-per-node 2 evaluate.py
 
 Unique photos against all their captions; image-to-text counts the best of a photo's captions; ties
 count against the model; float32. Data and split default to those of the training run.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from src.checkpoint import load_checkpoint
 from src.cli import (
+    Results,
     add_data_arguments,
     add_results_arguments,
     add_split_arguments,
@@ -26,6 +28,7 @@ from src.cli import (
     resolve_results,
 )
 from src.dataset import Flickr30kDataset, open_source
+from src.distributed import end_processes, rank, start_processes
 from src.errors import UserError, run_script
 from src.files import write_atomic
 from src.mistakes import find_mistakes, plot_mistakes
@@ -34,6 +37,7 @@ from src.pixels import PixelStore, store_size
 from src.report import format_table, write_rejected
 from src.retrieval import evaluate_retrieval
 from src.runtime import pick_device
+from src.tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +62,42 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = args.checkpoint or results.best
     model, tokenizer, content = load_checkpoint(checkpoint)
     args = recall_arguments(parser, argv, content)
-    data = resolve_data(args)
+    start_processes()
+    try:
+        model.to(pick_device(args.device))
+        dataset = open_split(args, results, model, tokenizer)
+        start = time.perf_counter()
+        metrics = evaluate_retrieval(model, dataset)
+        seconds = time.perf_counter() - start
+        is_first = rank() == 0
+    finally:
+        end_processes()
+    if is_first:
+        report = {
+            "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,
+            "photos": len(dataset.records), "captions": len(dataset), **metrics,
+            "seconds": seconds,
+        }
+        output = args.output or results.folder / f"evaluation_{args.split}.json"
+        write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
+        print(f"{args.split}: {len(dataset.records):,} photos, {len(dataset):,} captions, "
+              f"{checkpoint} (epoch {content.get('epoch')})\n")
+        print(format_table(metrics))
+        print(f"\n{output}")
+        if args.mistakes:
+            tell_mistakes(args.mistakes, model, dataset)
+    return 0
 
+
+def open_split(
+    args: argparse.Namespace, results: Results, model: DualEncoder, tokenizer: Tokenizer
+) -> Flickr30kDataset:
+    """The photos and captions of the split that is asked for.
+
+    Raises:
+        UserError: there are none, or none can be read.
+    """
+    data = resolve_data(args)
     source = open_source(
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )
@@ -72,27 +110,12 @@ def main(argv: list[str] | None = None) -> int:
     store = PixelStore.build(
         data.cache, data.images, names, store_size(model.config.image_size)
     )
-    print(write_rejected(results.folder / "rejected.csv", source, store))
     dataset = Flickr30kDataset(records, store, tokenizer)
+    if rank() == 0:
+        print(write_rejected(results.folder / "rejected.csv", source, store, dataset))
     if not dataset.records:
         raise UserError(f"no {args.split} photo could be read")
-
-    start = time.perf_counter()
-    metrics = evaluate_retrieval(model.to(pick_device(args.device)), dataset)
-    report = {
-        "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,
-        "photos": len(dataset.records), "captions": len(dataset),
-        **metrics, "seconds": time.perf_counter() - start,
-    }
-    output = args.output or results.folder / f"evaluation_{args.split}.json"
-    write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
-    print(f"{args.split}: {len(dataset.records):,} photos, {len(dataset):,} captions, "
-          f"{checkpoint} (epoch {content.get('epoch')})\n")
-    print(format_table(metrics))
-    print(f"\n{output}")
-    if args.mistakes:
-        tell_mistakes(args.mistakes, model, dataset)
-    return 0
+    return dataset
 
 
 def tell_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:

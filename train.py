@@ -42,6 +42,7 @@ from src.distributed import (
     any_process,
     end_processes,
     rank,
+    share_batchnorm,
     start_processes,
     wait_for_all,
     world_size,
@@ -59,7 +60,14 @@ from src.recipes import add_model_arguments, add_training_arguments, apply_recip
 from src.report import plot_examples, print_metrics, write_rejected
 from src.retrieval import evaluate_retrieval
 from src.run_state import RunState, compare_flags, load_run
-from src.runtime import grad_scaler, out_of_memory_told, pick_device, seed_all, stop_on_request
+from src.runtime import (
+    compute_deterministically,
+    grad_scaler,
+    out_of_memory_told,
+    pick_device,
+    seed_all,
+    stop_on_request,
+)
 from src.tokenizer import Tokenizer
 
 
@@ -101,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     start_processes()
     try:
         device = pick_device(args.device)
+        if args.deterministic:
+            compute_deterministically()
         if args.batch_size < world_size():
             raise UserError(f"--batch-size {args.batch_size} leaves some of {world_size()} "
                             "processes without a photo")
@@ -120,7 +130,7 @@ def train(
 ) -> int:
     """Wire the rooms, loop over the epochs, keep the best. Returns the exit status."""
     train_set, val_set, tokenizer = open_sets(args, data, results)
-    model = earlier[0].to(device) if earlier else build_model(args, tokenizer, device)
+    model = share_batchnorm((earlier[0] if earlier else build_model(args, tokenizer)).to(device))
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
           f"{n_parameters / 1e6:.1f} M parameters, on {device}")
@@ -198,9 +208,7 @@ def open_sets(
     return *sets, tokenizer
 
 
-def build_model(
-    args: argparse.Namespace, tokenizer: Tokenizer, device: torch.device
-) -> DualEncoder:
+def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     """A fresh model; the same seed starts from the same weights."""
     seed_all(args.seed, "weights")
     model = DualEncoder(ModelConfig(
@@ -209,7 +217,7 @@ def build_model(
         dropout=args.dropout, drop_connect=args.drop_connect,
     ))
     model.image_encoder.load_weights(args.weights)
-    return model.to(device)
+    return model
 
 
 def keep(run: RunState, results: Results, is_best: bool) -> None:

@@ -80,20 +80,31 @@ def gather_rows(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Replace each gradient by its mean over the processes.
+    """Replace each gradient, and each running statistic, by its mean over the processes.
 
     With `gather_rows` this gives every process the gradient of the whole batch's loss: a gathered
     row brings `world_size` times its gradient, a parameter of the loss itself its whole one from
-    every process, and the mean makes both right.
+    every process, and the mean makes both right. BatchNorm's statistics, which each process takes
+    of its own share, stay the same everywhere, so any process can evaluate, and save for all.
     """
     if world_size() > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not 200
+        means = [p.grad for p in model.parameters() if p.grad is not None]
+        means += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        flat = torch.cat([tensor.flatten() for tensor in means])  # one message, not 300
         dist.all_reduce(flat)
         flat /= world_size()
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]),
-                                  strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for tensor, mean in zip(means, flat.split([t.numel() for t in means]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def share_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with BatchNorm over the whole batch, where several GPUs hold it between them.
+
+    Elsewhere, as it is: torch synchronises statistics on GPUs alone.
+    """
+    if world_size() > 1 and next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def any_process(flag: bool) -> bool:

@@ -66,7 +66,7 @@ class ImageEncoder(nn.Module):
         Their scales and shifts go on learning.
         """
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 module.eval()
 
     def load_weights(self, weights: str) -> None:

@@ -99,6 +99,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
                          help="save within an epoch too; at most so much is lost to a power cut "
                          "(default: %(default)s)")
+    machine.add_argument("--deterministic", action="store_true",
+                         help="on a GPU too the same bits in every run, where that is slower; the "
+                         "CPU gives them anyway")
     machine.add_argument("--resume", action="store_true",
                          help="go on where the run in --results-dir was left, with its flags")
 

@@ -65,6 +65,16 @@ def seed_all(*key: int | str) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+def compute_deterministically() -> None:
+    """Have torch choose, on GPUs, only kernels that give the same bits each time.
+
+    To be called before the first kernel runs. Where there is none for an operation, torch raises.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 class StopRequest:
     """Whether somebody asked this run to end.
 

@@ -17,6 +17,7 @@ from src.annotations import ImageRecord
 from src.dataset import Flickr30kDataset
 from src.distributed import (
     any_process,
+    average_gradients,
     gather_rows,
     rank,
     shares,
@@ -24,6 +25,7 @@ from src.distributed import (
     world_size,
 )
 from src.engine import backward
+from src.image_encoder import ImageEncoder
 from src.model import DualEncoder, ModelConfig
 from src.pixels import PixelStore
 from src.retrieval import embed_images, evaluate_retrieval
@@ -83,6 +85,11 @@ def worker(folder: Path, chunk_size: int | None) -> None:
     gathered = gather_rows(rows, [i + 1 for i in range(world_size())])
     assert gathered[:, 0].tolist() == [float(i) for i in range(world_size()) for _ in range(i + 1)]
     torch.save(one_step(chunk_size), folder / f"{rank()}.pt")
+    model = ImageEncoder("efficientnet-b0", 32).train()
+    model(torch.randn(4, 3, 32, 32) + rank())  # statistics of its own share …
+    own = model.backbone._bn0.running_mean.clone()
+    average_gradients(model)
+    torch.save([own, model.backbone._bn0.running_mean], folder / f"statistics {rank()}.pt")
 
 
 @pytest.mark.parametrize(("processes", "chunk_size"), [(2, None), (3, 2)])
@@ -99,6 +106,13 @@ def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size
             scale = value.abs().max().item() + 1e-6
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale,
                                        msg=lambda text, name=name: f"{name}: {text}")
+
+
+    own, shared = zip(*(torch.load(tmp_path / f"statistics {number}.pt", weights_only=True)
+                        for number in range(processes)), strict=True)
+    for statistics in shared:  # … become those of all
+        torch.testing.assert_close(statistics, torch.stack(own).mean(0))
+    assert not torch.allclose(own[0], shared[0])
 
 
 def test_torchrun_trains_as_one_process_does(tmp_path):
