@@ -59,6 +59,15 @@ def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
     assert path.read_bytes() == b"n" * 600_000
 
 
+def test_a_read_only_folder_is_told(small_disk: Path) -> None:
+    """Nothing is written, and the file that was there is whole."""
+    write_atomic(small_disk / "file", b"old")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="cannot write .*Read-only"):
+        write_atomic(small_disk / "file", b"new")
+    assert (small_disk / "file").read_bytes() == b"old"
+
+
 def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
     """Half-written temporary files do not add up."""
     (tmp_path / ".file.tmp").write_bytes(b"half of something longer than the new content")

@@ -261,6 +261,13 @@ def test_a_full_disk_costs_nothing_that_was_done(
     check(PixelStore.build(small_disk / "s", photos, NAMES, 200), photos, NAMES, 200)
 
 
+def test_a_read_only_folder_is_told(photos: Path, small_disk: Path) -> None:
+    """Where nothing can be written, the message says how to choose another place."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match="Read-only.*--cache-dir"):
+        PixelStore.build(small_disk / "s", photos, NAMES, 9)
+
+
 def test_a_failing_disk_is_not_remembered(
     tmp_path: Path, photos: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
