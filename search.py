@@ -15,16 +15,13 @@ or changed. Without --images the photos of the training run are searched.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from src.annotations import read_annotations
-from src.checkpoint import load_checkpoint
 from src.cli import (
     Data,
     add_results_arguments,
@@ -33,16 +30,18 @@ from src.cli import (
     resolve_data,
     resolve_results,
 )
-from src.errors import UserError, run_script
-from src.files import fingerprint
-from src.image_file import load_image, load_square
-from src.index import ImageIndex, update_index
-from src.model import DualEncoder
-from src.pixels import store_size
-from src.query import TextQuery, embed_queries, spelling_hints
-from src.retrieval import embed_pixels, embed_tokens
-from src.runtime import pick_device
-from src.tokenizer import Tokenizer
+from src.errors import UserError, printable, run_script
+from src.index import ImageIndex
+from src.indexing import update_index
+from src.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
+
+# torch, Pillow and the rooms that need them are imported where they are used: a text over an index
+# that is up to date needs none of them, and their import takes ten times as long as its answer.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from src.model import DualEncoder
+    from src.tokenizer import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load the model, bring the index up to date, answer. Returns the exit status."""
+    """Embed the queries, bring the index up to date, answer. Returns the exit status."""
     args = parser().parse_args(argv)
     results = resolve_results(args)
     texts = read_queries(args)
@@ -91,21 +90,25 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError('nothing to look for: give a text, as in python search.py "a red car", '
                         "or --image FILE, or --page DIR")
     checkpoint = args.checkpoint or results.best
-    model, tokenizer, content = load_checkpoint(checkpoint)
-    model.to(pick_device(args.device))
-    data = resolve_data(recall_arguments(parser(), argv, content))
-    queries = embed_queries(model, tokenizer, texts)
+    if not checkpoint.exists():
+        raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
+                        "name another with --checkpoint")
+    load = functools.cache(lambda: load_model(checkpoint, args.device))
+    indexes = results.folder / "index"
+    table = load_words(args.index_dir or indexes, checkpoint, load)
+    data = resolve_data(recall_arguments(parser(), argv, {"args": table.args}))
+    queries = embed_queries(table, texts)
     for query in queries:
-        for hint in spelling_hints(query.unknown, tokenizer):
+        for hint in spelling_hints(query.unknown, table):
             print(f"note: {hint}", file=sys.stderr)
     images = data.images
     key = hashlib.sha256(str(images.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    folder = args.index_dir or results.folder / "index" / f"{images.resolve().name}-{key}"
-    index = update_index(folder, images, fingerprint(checkpoint), model)
+    folder = args.index_dir or indexes / f"{images.resolve().name}-{key}"
+    index = update_index(folder, images, table.checkpoint, table.dim, lambda: load()[0])
 
     answers = [answer_text(query, index, images, args.top) for query in queries]
     if args.image:
-        answers.append(answer_image(args.image, model, tokenizer, index, data, args.top))
+        answers.append(answer_image(args.image, *load()[:2], index, data, args.top))
     for answer in answers:
         print(json.dumps(answer) if args.json else format_answer(answer, args.explain))
     if args.sheet and answers:
@@ -113,12 +116,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"drawn: {args.sheet}", file=sys.stderr)
     if args.page or args.serve is not None:
         page = args.page or results.folder / "page"
-        write(page, model, tokenizer, index, data)
+        write(page, table, index, data)
         if args.serve is not None:
             from src.page import serve_page
 
             serve_page(page, args.serve)
     return 0
+
+
+def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, dict]:
+    """A checkpoint with its model on a device: what `load_checkpoint` gives."""
+    from src.checkpoint import load_checkpoint
+    from src.runtime import pick_device
+
+    model, tokenizer, content = load_checkpoint(checkpoint)
+    return model.to(pick_device(device)), tokenizer, content
 
 
 def read_queries(args: argparse.Namespace) -> list[str]:
@@ -137,7 +149,7 @@ def read_queries(args: argparse.Namespace) -> list[str]:
 def answer_text(query: TextQuery, index: ImageIndex, images: Path, top: int) -> dict:
     """The best photos of a text, each with its score and its words' shares, as plain values."""
     scores, rows = index.search(query.embedding[None], top)
-    shares = query.shares(torch.from_numpy(np.array(index.embeddings[rows[0]])))
+    shares = query.shares(index.embeddings[rows[0]])
     return {
         "query": query.text,
         "unknown": query.unknown,
@@ -158,12 +170,18 @@ def answer_image(
     Raises:
         UserError: the photo cannot be read.
     """
+    import torch
+
+    from src.image_file import load_square
+    from src.pixels import store_size
+    from src.retrieval import embed_pixels, embed_tokens
+
     try:
         pixels = torch.from_numpy(load_square(path, store_size(model.config.image_size)))
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     embedding = embed_pixels(model, pixels[None])  # (1, D)
-    scores, rows = index.search(embedding, top)
+    scores, rows = index.search(embedding.numpy(), top)
     captions = sorted({text for texts in known_captions(data).values() for text in texts})
     best_captions = []
     if captions:
@@ -185,14 +203,17 @@ def known_captions(data: Data) -> dict[str, tuple[str, ...]]:
     """Photo name -> its captions, where there is a caption file."""
     if not data.annotations.exists():
         return {}
+    from src.annotations import read_annotations
+
     return {record.name: record.captions for record in read_annotations(data.annotations).records}
 
 
 def format_answer(answer: dict, explain: bool) -> str:
     """An answer for people: rank, score, path, and each word's share if asked for."""
-    lines = [answer.get("query") or f"photos like {answer['image']}"]
+    lines = [printable(answer.get("query") or f"photos like {answer['image']}")]
     for result in answer["results"]:
-        lines.append(f"{result['rank']:4}  {result['score']:6.3f}  {result['path']}")
+        path = printable(result["path"]).replace("\n", "\\n")
+        lines.append(f"{result['rank']:4}  {result['score']:6.3f}  {path}")
         if explain and "shares" in result:
             lines.append(" " * 14 + "  ".join(
                 f"{word}{'?' if word in answer['unknown'] else ''} {share:+.3f}"
@@ -205,7 +226,10 @@ def format_answer(answer: dict, explain: bool) -> str:
 
 def draw_sheet(path: Path, answers: list[dict], top: int) -> None:
     """Draw each query with its top photos, five or fewer, as a PNG."""
-    from src.plots import SheetRow, plot_contact_sheet  # matplotlib takes half a second to import
+    import numpy as np
+
+    from src.image_file import load_image
+    from src.plots import SheetRow, plot_contact_sheet
 
     def picture(file: str) -> np.ndarray:
         try:
@@ -223,25 +247,23 @@ def draw_sheet(path: Path, answers: list[dict], top: int) -> None:
     ])
 
 
-def write(
-    page: Path, model: DualEncoder, tokenizer: Tokenizer, index: ImageIndex, data: Data
-) -> None:
+def write(page: Path, table: WordTable, index: ImageIndex, data: Data) -> None:
     """Write the web page of an index."""
     from src.page import write_page
 
     captions = known_captions(data)
     written = write_page(
         page,
-        words=tokenizer.words,
-        word_embeddings=model.word_embeddings().cpu().numpy(),
-        context_length=tokenizer.context_length,
+        words=table.words,
+        word_embeddings=table.vectors,
+        context_length=table.context_length,
         names=index.names,
-        image_embeddings=np.asarray(index.embeddings),
+        image_embeddings=index.embeddings,
         captions=[list(captions.get(name, ())) for name in index.names],
         photos=[data.images / name for name in index.names],
     )
     for name, reason in written["skipped"]:
-        print(f"left out of the page: {name}: {reason}", file=sys.stderr)
+        print(printable(f"left out of the page: {name}: {reason}"), file=sys.stderr)
     print(f"a page that searches {written['photos']:,} photos by itself: {page / 'index.html'}")
 
 

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from src.errors import UserError
 from src.files import write_atomic
 from src.image_file import load_image, write_image
+from src.indexing import holds_page
 from src.tokenizer import split_words
 
 ASSETS = Path(__file__).with_name("page_assets")
 ASSET_NAMES = ("search.js", "view.js", "style.css", "icon.svg")
-MARK = b"// Photo search"  # search.js begins so: an earlier page is known by it
 THUMBNAIL, FULL_SIZE = 256, 1024  # longest side in pixels
 PHOTOS_PER_FILE = 4096  # some 3 MB with five captions each: the page searches what has arrived
 PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the full size to lay the page out
@@ -117,10 +117,9 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder that holds anything but an earlier page: its index.html would be lost."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder for the page")
-    script = folder / "search.js"
-    earlier = script.is_file() and script.read_bytes().startswith(MARK)
     # A write that was killed leaves a .tmp.
-    if not earlier and folder.is_dir() and any(p.suffix != ".tmp" for p in folder.iterdir()):
+    others = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    if others and not holds_page(folder):
         raise UserError(f"{folder} is not empty and holds no earlier page: name a new folder")
 
 

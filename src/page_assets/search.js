@@ -136,7 +136,8 @@ function photosLike(photo, k) {
   return bestPhotos(vector, k + 1).filter((other) => other.photo !== photo).slice(0, k);
 }
 
-// Insertions, deletions, replacements and swapped neighbours that make a of b.
+// Insertions, deletions, replacements and swaps of neighbours that make a of b, arrays of letters:
+// as edit_distance of src/query.py.
 function editDistance(a, b) {
   let before = [];
   let row = Array.from({ length: b.length + 1 }, (_, j) => j);
@@ -154,17 +155,23 @@ function editDistance(a, b) {
 
 const nearWordsOf = new Map(); // a longer query should not search for the same word again
 
-// Up to four known words that an unknown one may have meant: what it begins (one is still typing),
-// then what is one or two mistakes away; the more frequent first, as the vocabulary is ordered.
+// Up to four known words that an unknown one may have meant, as near_words of src/query.py: first
+// those that it begins (one is still typing), then those one or two mistakes away (one for a word of
+// fewer than five letters, none for a single letter); of each the first in the vocabulary, which is
+// ordered by frequency.
 function nearWords(word) {
   if (nearWordsOf.has(word)) return nearWordsOf.get(word);
-  const limit = word.length < 5 ? 1 : 2;
+  const letters = [...word]; // not UTF-16's halves of letters
+  const limit = letters.length < 2 ? 0 : letters.length < 5 ? 1 : 2;
   const found = [];
   for (const [other, id] of vocabulary.ids) {
     let distance = limit + 1;
     if (other.startsWith(word)) distance = 0;
-    else if (word.length > 1 && Math.abs(other.length - word.length) <= limit) {
-      distance = editDistance(word, other);
+    else if (limit) {
+      const others = [...other];
+      if (Math.abs(others.length - letters.length) <= limit) {
+        distance = editDistance(letters, others);
+      }
     }
     if (distance <= limit) found.push({ other, distance, id });
   }
