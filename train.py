@@ -214,7 +214,7 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,
         context_length=args.context_length, token_dim=args.token_dim, embed_dim=args.embed_dim,
-        dropout=args.dropout, drop_connect=args.drop_connect,
+        dropout=args.dropout, drop_connect=args.drop_connect, word_dropout=args.word_dropout,
     ))
     model.image_encoder.load_weights(args.weights)
     return model

@@ -30,6 +30,7 @@ class ModelConfig:
     embed_dim: int = 256
     dropout: float = 0.1
     drop_connect: float = 0.2
+    word_dropout: float = 0.0
 
 
 class DualEncoder(nn.Module):
@@ -42,7 +43,9 @@ class DualEncoder(nn.Module):
         self.image_encoder = ImageEncoder(
             config.image_encoder, config.image_size, config.drop_connect
         )
-        self.text_encoder = TextEncoder(config.vocab_size, config.token_dim)
+        self.text_encoder = TextEncoder(
+            config.vocab_size, config.token_dim, config.word_dropout
+        )
         self.image_projection = ProjectionHead(
             self.image_encoder.feature_dim, config.embed_dim, config.dropout
         )

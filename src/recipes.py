@@ -20,14 +20,14 @@ RECIPES = {
     # The stated one: fine-tune everything at one small rate.
     "seed": dict(
         weights="imagenet", image_size=224, min_freq=2, token_dim=512, dropout=0.1,
-        drop_connect=0.2, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
+        drop_connect=0.2, word_dropout=0.0, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
         image_encoder_lr=None, weight_decay=0.01, schedule="constant", warmup_steps=0, flip=True,
         head_epochs=0, freeze_batchnorm=False,
     ),
 }
 RECIPES["strong"] = RECIPES["seed"] | dict(
-    epochs=20, captions_per_image=5, lr=1e-3, image_encoder_lr=1e-4, schedule="cosine",
-    warmup_steps=100, head_epochs=10, freeze_batchnorm=True,
+    word_dropout=0.3, epochs=20, captions_per_image=5, lr=1e-3, image_encoder_lr=1e-4,
+    schedule="cosine", warmup_steps=100, head_epochs=10, freeze_batchnorm=True,
 )
 # From random weights, on pictures of 64 pixels: another task than fine-tuning.
 RECIPES["demo"] = RECIPES["seed"] | dict(
@@ -57,6 +57,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the features before the projections (default: %(default)s)")
     group.add_argument("--drop-connect", type=fraction, metavar="P",
                        help="of the image encoder's last residual block (default: %(default)s)")
+    group.add_argument("--word-dropout", type=fraction, metavar="P",
+                       help="share of its words that a caption does without in training "
+                       "(default: %(default)s)")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -145,6 +145,23 @@ def test_a_text_without_known_words_starts_without_a_say():
     assert torch.equal(encoder(torch.tensor([[3, 1]])), encoder.embedding.weight[3:4] / 2)
 
 
+def test_word_dropout_leaves_words_out_in_training_alone():
+    """In training a caption is the mean of those of its words that stay, about 1 - p of them; in
+    evaluation of all."""
+    encoder = TextEncoder(50, 40, word_dropout=0.3)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(torch.eye(50, 40))
+    tokens = torch.arange(2, 22).repeat(500, 1)  # 20 different words
+    torch.manual_seed(0)
+    kept = encoder.train()(tokens) > 0  # (500, 40): one place a word
+    share = kept[:, 2:22].float().mean()
+    assert 0.67 < share < 0.73 and not kept[:, 22:].any()
+    means = encoder(tokens)
+    torch.testing.assert_close(means.sum(1), torch.ones(500))  # a mean of what is left
+    assert len(set(map(tuple, kept.tolist()))) > 400
+    torch.testing.assert_close(encoder.eval()(tokens), loop_mean(encoder, tokens))
+
+
 # Projection
 
 
