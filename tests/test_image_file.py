@@ -6,11 +6,9 @@ import errno
 import io
 import os
 import random
-import struct
 import subprocess
 import sys
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 import src.image_file
+from benchmarks.bad_input import flat_jpeg, huge_jpeg, huge_png
 from src.image_file import ReadError, leading_out, load_image, load_square, write_image
 
 
@@ -145,34 +144,9 @@ def test_longest_bounds_both_sides(tmp_path: Path) -> None:
     assert load_image(path, longest=6000).size == (600, 300)
 
 
-def huge_png(path: Path, side: int = 30_000) -> Path:
-    """A file of a few bytes that claims side x side pixels."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack(">I", len(data)) + kind + data
-                + struct.pack(">I", zlib.crc32(kind + data)))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                     + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-    return path
-
-
-def huge_jpeg(path: Path, side: int = 30_000) -> Path:
-    """A small file that claims side x side pixels, progressive: gigabytes while it is decoded."""
-    buffer = io.BytesIO()
-    Image.fromarray(noise()).save(buffer, "JPEG", progressive=True)
-    content = bytearray(buffer.getvalue())
-    header = content.index(b"\xff\xc2")
-    content[header + 5 : header + 9] = struct.pack(">HH", side, side)
-    path.write_bytes(content)
-    return path
-
-
 def unreadable(folder: Path, kind: str) -> Path:
     """A file that is no photo."""
     path = folder / "bad.jpg"
-    if kind == "huge":
-        return huge_png(folder / "bad.png")
     if kind == "folder":
         path.mkdir()
     elif kind == "truncated":
@@ -180,8 +154,8 @@ def unreadable(folder: Path, kind: str) -> Path:
         Image.fromarray(noise(200, 200)).save(buffer, "JPEG")
         path.write_bytes(buffer.getvalue()[:3000])
     elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"no picture", "garbage": bytes(range(256)),
-                          "jpeg start": b"\xff\xd8\xff\xe0\x00\x10JFIF"}[kind])
+        path.write_bytes({"huge": huge_png(), "empty": b"", "text": b"no picture",
+                          "garbage": bytes(range(256)), "jpeg start": b"\xff\xd8\xff\xe0\x00\x10JFIF"}[kind])
     return path
 
 
@@ -196,33 +170,21 @@ def test_unreadable_files_are_a_value_error(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("longest", [None, 50])
-@pytest.mark.parametrize("write", [huge_png, huge_jpeg])
+@pytest.mark.parametrize("huge", [huge_png, huge_jpeg])
 def test_huge_pictures_are_refused_before_they_are_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path],
-    longest: int | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, huge: Callable[[], bytes], longest: int | None
 ) -> None:
     """30,000 x 30,000 pixels are too many, and no memory is taken to find out."""
+    (tmp_path / "a").write_bytes(huge())
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="30000x30000 pixels are too many"):
-        load_image(write(tmp_path / "a"), longest)
-
-
-def flat_jpeg(path: Path, side: int) -> Path:
-    """A whole grey JPEG of any side that 16 divides, without the memory to make one."""
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 128).save(buffer, "JPEG")
-    content = buffer.getvalue()
-    size, scan = content.index(b"\xff\xc0") + 5, content.index(b"\xff\xda") + 2
-    scan += struct.unpack(">H", content[scan : scan + 2])[0]
-    # A block like the one before it is 001010 in JPEG's standard codes; four of them, three bytes.
-    path.write_bytes(content[:size] + struct.pack(">HH", side, side) + content[size + 4 : scan]
-                     + b"\x28\xa2\x8a" * (side // 16) ** 2 + b"\xff\xd9")
-    return path
+        load_image(tmp_path / "a", longest)
 
 
 def test_a_photo_of_30000_pixels_is_read_in_little_memory(tmp_path: Path) -> None:
     """JPEG's decoder leaves out the detail that would be thrown away: 0.1 GB instead of 2.7."""
-    path = flat_jpeg(tmp_path / "a.jpg", 30_000)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(flat_jpeg(30_000))
     script = ("import resource, sys; from pathlib import Path\n"
               "from src.image_file import load_square\n"
               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
