@@ -155,7 +155,8 @@ def unreadable(folder: Path, kind: str) -> Path:
         path.write_bytes(buffer.getvalue()[:3000])
     elif kind != "missing":
         path.write_bytes({"huge": huge_png(), "empty": b"", "text": b"no picture",
-                          "garbage": bytes(range(256)), "jpeg start": b"\xff\xd8\xff\xe0\x00\x10JFIF"}[kind])
+                          "garbage": bytes(range(256)),
+                          "jpeg start": b"\xff\xd8\xff\xe0\x00\x10JFIF"}[kind])
     return path
 
 
