@@ -133,12 +133,12 @@ def train_until_done(
     done = 0
     while True:
         has_saved = last.exists() or last.with_name("flickr30k_clip_previous.pth").exists()
-        has_decoded = journal.exists() and journal.stat().st_size > 0
         before = temporary_files(folder)
         status, output, _ = killer.run(
             *command, "--results-dir", results, "--cache-dir", folder / "cache",
             *(["--resume"] if has_saved else []),
-            within=None if done >= kills else longest if has_decoded else 0.6)
+            # The first kill falls into the decoding, which takes a second or so.
+            within=None if done >= kills else longest if done else 0.6)
         if status == 0:
             return done
         assert status == -9, output
