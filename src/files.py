@@ -53,13 +53,22 @@ def _open_alone(path: Path) -> BinaryIO:
     The name is always the same, so what a killed writer left is written over, not left for ever.
     """
     while True:
-        file = open(path, "ab")  # not "wb", which would cut what another writer is at
+        # Not "wb", which would cut what another writer is at.
+        file = open(path, "ab", opener=open_no_link)
         with contextlib.suppress(FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 return file
         file.close()  # the other writer has renamed it meanwhile: it is in use under its name
+
+
+def open_no_link(path: Path | str, flags: int) -> int:
+    """os.open, but not through a link: a stranger's data folder may hold one to a file of the user.
+
+    Raises OSError where `path` is a link.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -81,7 +90,7 @@ def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
         waiting: what to say on standard error before waiting for another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "ab", opener=open_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,9 +105,13 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Be the one process that writes to `folder` while the block runs.
 
     Raises:
-        UserError: another process is at it; it is let be.
+        UserError: another process is at it, which is let be; or the folder cannot be written.
     """
-    with open(folder / ".lock", "w") as file:
+    try:
+        file = open(folder / ".lock", "ab", opener=open_no_link)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from src.errors import UserError
-from src.files import exclusive_lock, sync_folder, write_atomic
+from src.files import exclusive_lock, open_no_link, sync_folder, write_atomic
 from src.image_file import ReadError, leading_out, load_square
 
 CHUNK = 512  # photos between two journal writes: an interruption may cost two such
@@ -158,7 +158,7 @@ def _decode_into(
     kept = [entry for name, entry in entries.items() if name not in rows]
     write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
     # Rows are written, not mapped: a full disk is then an error that can be told, not a SIGBUS.
-    descriptor = os.open(data, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_no_link(data, os.O_RDWR | os.O_CREAT)
 
     def decode(name: str) -> bool:
         """Whether the outcome, now among `entries`, will be the same another time."""

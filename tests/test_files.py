@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 
 import src.files
 from src.errors import UserError
-from src.files import exclusive_lock, fingerprint, load_tensors, save_tensors, write_atomic
+from src.files import (
+    exclusive_lock,
+    fingerprint,
+    load_tensors,
+    only_writer,
+    save_tensors,
+    write_atomic,
+)
 
 
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -118,6 +125,23 @@ def test_a_writer_killed_at_every_call_leaves_the_old_file_or_the_new(tmp_path: 
                          text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
     assert re.fullmatch("o{4,}n{2,}\n", run.stdout)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """A folder from a stranger may hold links under the names that we write: the files they lead
+    to stay as they are."""
+    (tmp_path / "private").write_text("mine")
+    for name in ("lock", ".lock", "file", ".other.tmp"):
+        (tmp_path / name).symlink_to("private")
+    write_atomic(tmp_path / "file", b"new")
+    assert not (tmp_path / "file").is_symlink()
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomic(tmp_path / "other", b"new")
+    with pytest.raises(OSError), exclusive_lock(tmp_path / "lock"):
+        pass
+    with pytest.raises(UserError, match="cannot write"), only_writer(tmp_path):
+        pass
+    assert (tmp_path / "private").read_text() == "mine"
 
 
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:

@@ -321,6 +321,17 @@ def test_links_out_of_the_folder_are_failed(
     check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
 
 
+@pytest.mark.parametrize("name", ["pixels_9.uint8", "pixels_9.lock", ".pixels_9.jsonl.tmp"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, photos: Path, name: str) -> None:
+    """The store lies beside the photos, so a stranger's archive may bring such a link along."""
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / name).symlink_to(tmp_path / "private")
+    with pytest.raises(UserError):
+        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    assert (tmp_path / "private").read_text() == "mine"
+
+
 def test_a_second_build_waits_and_says_so(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
