@@ -89,7 +89,7 @@ def check_kills(folder: Path, kills: int, seed: int) -> tuple[list[tuple[str, st
         runs += 1
         ended = folder / f"run {runs}"
         done += train_until_done(killer, command, ended, min(5, kills - search_kills - done),
-                                 0.7 * seconds)
+                                 min(0.7 * seconds, 15.0))
         found = differences(what_is_left(ended / "results"), expected)
         lost += [f"run {runs}: {where}" for where in found]
         say(f"kills: {done} of {kills - search_kills} in {runs} runs; differences: {len(lost)}")

@@ -27,7 +27,7 @@ IGNORED = {"time", "args"}  # of what a run leaves: how long it took, where it l
 
 
 def write_tiny_world(folder: Path, n_photos: int = 24, side: int = 900) -> Path:
-    """Photos large enough that a kill may fall into their decoding, with five captions each.
+    """Photos large enough that a kill may fall into their decoding, with two captions each.
 
     Returns:
         the folder, as --data-dir takes it.
@@ -40,7 +40,7 @@ def write_tiny_world(folder: Path, n_photos: int = 24, side: int = 900) -> Path:
         coarse = rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)
         Image.fromarray(coarse).resize((side, side)).save(folder / "images" / f"{i}.png",
                                                           compress_level=1)
-        for number in range(5):
+        for number in range(2):
             lines.append(f"{i}.png| {number}| A {COLOURS[i % 6]} thing number {number} near "
                          f"{COLOURS[(i // 6 + i + 1) % 6]} things .")
     (folder / "annotations" / "annotations.csv").write_text("\n".join(lines) + "\n")
