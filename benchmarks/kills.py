@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from src.files import load_tensors
+from src.tensor_file import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")

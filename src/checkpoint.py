@@ -9,9 +9,10 @@ from typing import Any
 
 from src.augment import IMAGENET_MEAN, IMAGENET_STD
 from src.errors import UserError
-from src.files import load_tensors, save_tensors, sync_folder
+from src.files import sync_folder
 from src.model import DualEncoder, ModelConfig
 from src.pixels import store_size
+from src.tensor_file import load_tensors, save_tensors
 from src.tokenizer import Tokenizer
 
 DUAL_ENCODER = "dual encoder"

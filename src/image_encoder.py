@@ -16,7 +16,7 @@ from efficientnet_pytorch.utils import url_map
 from torch import nn
 
 from src.errors import UserError
-from src.files import load_tensors
+from src.tensor_file import load_tensors
 
 IMAGE_ENCODERS = tuple(f"efficientnet-b{i}" for i in range(8))
 

@@ -68,12 +68,12 @@ def test_every_library_has_one_door(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ROOMS + SCRIPTS, ids=lambda path: path.stem)
 def test_tensors_are_saved_and_loaded_in_one_place(path: Path) -> None:
-    """torch.save and torch.load stand in src/files.py alone; nobody unpickles by other means."""
+    """torch.save and torch.load stand in src/tensor_file.py alone; nobody unpickles otherwise."""
     assert not imports(path) & {"pickle", "joblib", "dill", "shelve", "marshal"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in ("save", "load") \
                 and getattr(node.value, "id", "") == "torch":
-            assert path.stem == "files"
+            assert path.stem == "tensor_file"
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
             assert not {alias.name for alias in node.names} & {"save", "load"}
 
