@@ -235,7 +235,8 @@ def _remove_stale(folder: Path, data: set[str], pictures: set[str]) -> None:
             path.unlink()
     for size in ("t", "f"):
         for path in (folder / size).glob("*.jpg*"):
-            if PICTURE.match(path.name) and path.stem not in pictures:
+            # What a killed write left, too: .NAME.jpg.tmp
+            if PICTURE.match(path.name.removeprefix(".")) and path.stem not in pictures:
                 path.unlink()
 
 
@@ -245,13 +246,17 @@ class _PageHandler(SimpleHTTPRequestHandler):
     def send_head(self):  # noqa: ANN201 (as the class it overrides)
         try:
             path = Path(self.translate_path(self.path)).resolve()
-        except (OSError, ValueError, RuntimeError):  # a NUL, a circle of links
+            is_file = path.is_file()
+        except (OSError, ValueError, RuntimeError):  # a NUL, a circle of links, a name too long
             return self.send_error(404)
         host = self.headers.get("Host", "").partition(":")[0]
         # A foreign site could let its name point to 127.0.0.1, and read the photos.
         if host not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
         if not path.is_relative_to(Path(self.directory).resolve()):
+            return self.send_error(404)
+        # Folders would be redirected to, by an address that the asker has a hand in.
+        if not is_file and self.path.partition("?")[0] != "/":
             return self.send_error(404)
         return super().send_head()
 

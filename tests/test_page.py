@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from src import page
 from src.errors import UserError
 from src.image_file import load_image
 from src.page import example_queries, serve_page, write_page
+from src.query import edit_distance, near_words
 from src.tokenizer import split_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,21 +40,39 @@ WORDS = ["<pad>", "<unk>", "a", "on", "the", *SHAPES, *COLOURS, "left", "right",
          "running", "runner", "constructor", "__proto__", "чайка", "犬"]
 
 RUN = "window.ran=1"  # what hostile text tries to do
+ELSEWHERE = "http://127.0.0.1:9/"  # nobody listens there; asking would be a complaint
 HOSTILE = [
-    f"<img src=x onerror={RUN}>.jpg",
-    f"</script><script>{RUN}</script>.jpg",
-    f"\"'`);{RUN};//.jpg",
-    f"javascript:{RUN}",
-    f"data:text/html,<script>{RUN}</script>",
-    "line\u2028separator\u2029.jpg",
-    "turned\u202egpj.exe",
-    "isolated\u2067name\u2066.jpg",
-    "nul\x00 and bell\x07.jpg",
-    "#&q=other&photo=x%00.jpg",
-    "__proto__",
-    "日本語 фото שלום.jpg",
-    "not text \udcff.jpg",
-    "{{title}}.jpg",
+    # Markup that would run, load or swallow what follows.
+    f"<img src=x onerror={RUN}>.jpg", f"<script>{RUN}</script>.jpg",
+    f"</script><script>{RUN}</script>.jpg", f"--></style></title></textarea><script>{RUN}</script>",
+    f"<svg onload={RUN}>", f"<svg><script>{RUN}</script></svg>", f"<body onload={RUN}>",
+    f"<iframe srcdoc='<script>parent.{RUN}</script>'>", f"<iframe src=javascript:parent.{RUN}>",
+    f"<details open ontoggle={RUN}>", f"<input autofocus onfocus={RUN}>",
+    f"<a href=javascript:{RUN}>x</a>", f"<form action=javascript:{RUN}><button>",
+    f"<math><mtext><table><mglyph><style><img src=x onerror={RUN}>",
+    f"<noscript><p title='</noscript><img src=x onerror={RUN}>'>", "<plaintext>", "<!--",
+    "<![CDATA[", f"<base href={ELSEWHERE}>", f"<link rel=stylesheet href={ELSEWHERE}>",
+    f"<meta http-equiv=refresh content='0;url={ELSEWHERE}'>", f"<img src={ELSEWHERE}x.jpg>",
+    f"<object data={ELSEWHERE}>", f"<style>@import '{ELSEWHERE}'</style>",
+    # Out of a string, an attribute, a comment, a template, a style.
+    f"\"'`);{RUN};//.jpg", f"\\\";{RUN};//", f"*/{RUN}/*", f"${{{RUN}}}", f"`${{{RUN}}}`",
+    f"' onerror='{RUN}", f"\" onload=\"{RUN}", f"x\" autofocus onfocus=\"{RUN}",
+    f"\\u003cscript\\u003e{RUN}", f"&lt;script&gt;{RUN}&lt;/script&gt;", "&#60;b&#62;", "%3Cb%3E",
+    f"\");background:url({ELSEWHERE})", f"}}body{{background:url({ELSEWHERE})}}",
+    "{{title}}.jpg", "{{scripts}}", "line\u2028separator\u2029.jpg",
+    # Addresses.
+    f"javascript:{RUN}", f"JaVaScRiPt:{RUN}", f"java\nscript:{RUN}", f"\x01javascript:{RUN}",
+    f"data:text/html,<script>{RUN}</script>", f"data:text/javascript,{RUN}", f"vbscript:{RUN}",
+    f"blob:{ELSEWHERE}", f"{ELSEWHERE}x.jpg", "//127.0.0.1:9/x.jpg", "\\\\127.0.0.1\\x.jpg",
+    "file:///etc/passwd", "/etc/passwd", "../../../etc/passwd", "..\\..\\x.jpg", "..", ".",
+    "#&q=other&photo=x%00.jpg", "?q=red#q=blue", "&photo=&n=96", "%", "%u003c", "+", "%2e%2e%2f",
+    # Characters that turn, hide or break text.
+    "turned\u202egpj.exe", "isolated\u2067name\u2066.jpg", "\u202d\u202c\u202a\u202b",
+    "marks\u200e\u200f\u061c", "zero\u200bwidth\u200d\ufeff", "nul\x00 and bell\x07.jpg",
+    "\x1b[2J\x9b31m", "tab\tand\r\nline", "   ", "not text \udcff.jpg", "\ud83d", "\ufffe\uffff",
+    "e" + "\u0301" * 300, "\U0001f469\u200d\U0001f680", "日本語 фото שלום.jpg", "x" * 5000,
+    # Names that every object has.
+    "__proto__", "constructor", "toString", "hasOwnProperty", "length", "null", "undefined", "NaN",
 ]
 
 
@@ -87,6 +108,13 @@ def make_world(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
         "image_embeddings": rows, "captions": [[c, f"another of {c} ."] for c in captions],
         "photos": photos, "progress": False,
     }
+
+
+def tiled(world: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same world with its photos over and over, `count` in all."""
+    order = [i % 36 for i in range(count)]
+    return world | {key: [world[key][i] for i in order] for key in ("names", "captions", "photos")
+                    } | {"image_embeddings": world["image_embeddings"][order]}
 
 
 def read_data(folder: Path) -> tuple[dict, dict]:
@@ -225,7 +253,10 @@ def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(KeyboardInterrupt):
             write_page(album, **world)
     assert not (album / "index.html").exists()
+    killed = album / "t" / f".{'0' * 20}_9x9.jpg.tmp"  # what a kill would leave
+    killed.touch()
     assert write_page(album, **world)["pictures_made"] == 36 - 10
+    assert not killed.exists()
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
@@ -254,15 +285,15 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_data_files_are_plain(tmp_path: Path) -> None:
     """Whatever the names hold: ASCII, one line, no <; and every name is in it, as text."""
-    names = (HOSTILE * 3)[:36]
-    world = make_world(tmp_path, names)
-    world["captions"] = [[name, name] for name in names]
+    names = HOSTILE
+    world = tiled(make_world(tmp_path), len(names))
+    world |= {"names": names, "captions": [[name, name] for name in names]}
     write_page(tmp_path / "album", **world, title="</title><script>alert(1)</script>{{scripts}}")
     for path in (tmp_path / "album" / "data").iterdir():
         text = path.read_bytes().decode("ascii")
         assert text.count("\n") == 1 and "<" not in text
     _, photos = read_data(tmp_path / "album")
-    assert photos["names"] == [name.replace("\udcff", "\ufffd") for name in names]
+    assert photos["names"] == [re.sub("[\ud800-\udfff]", "\ufffd", name) for name in names]
     index = (tmp_path / "album" / "index.html").read_text()
     assert index.count("<script") == 4 and "<script>" not in index and "{{scripts}}" in index
 
@@ -289,6 +320,28 @@ def test_example_queries() -> None:
 # ---- The server ----------------------------------------------------------------------------------
 
 
+OUTSIDE = [  # paths to what is not in the folder, or no file in it
+    "/../secret.txt", "/%2e%2e/secret.txt", "/%2E%2E/secret.txt", "/.%2e/secret.txt",
+    "/t/../../secret.txt", "/t/%2e%2e/%2e%2e/secret.txt", "/..%2fsecret.txt", "/..%5csecret.txt",
+    "/%252e%252e/secret.txt", "/%252e%252e%252fsecret.txt", "/..%c0%afsecret.txt",
+    "/%c0%ae%c0%ae/secret.txt", "/%uff0e%uff0e/secret.txt", "//../secret.txt", "///../secret.txt",
+    "/./../secret.txt", "/.../secret.txt", "/..;/secret.txt", "/..\\secret.txt",
+    "/t/..//../secret.txt", "../secret.txt", "secret.txt/..", "/link.txt", "/link.txt?x",
+    "/link.txt#x", "/up/secret.txt", "/up", "/up/", "/up/album/link.txt", "/t/hidden", "/t/", "/t",
+    "/data/", "/f/..", "/none", "/%00", "/%00../secret.txt", "/index.html%00.txt", "/circle",
+    "/circle/x", "/index.html/", "/etc/passwd", "//etc/passwd",
+    "/proc/self/environ", "file:///etc/passwd", "http://evil.example/secret.txt",
+    "http://evil.example/../secret.txt", "//evil.example/%2e%2e", "/%2f%2fevil.example/..",
+    "//evil.example/t", "/\\evil.example/t", "/" + "../" * 500 + "etc/passwd", "/" + "x" * 5000,
+    "*",
+]
+FOREIGN = [
+    "", "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example",
+    "evil.example@127.0.0.1", "127.0.0.1@evil.example", "127.0.0.2", "0.0.0.0", "[::1]", "::1",
+    "2130706433", "0x7f.1", "xn--localhost-", "127.0.0.1,evil.example", "127.0.0.1 evil.example",
+]
+
+
 @pytest.fixture()
 def served(album: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A process that serves the album, and its port."""
@@ -311,14 +364,17 @@ def test_server_serves_the_folder_and_nothing_else(
     (album / "link.txt").symlink_to(secret)
     (album / "up").symlink_to(album.parent)
     (album / "circle").symlink_to(album / "circle")
+    (album / "t" / "hidden").symlink_to("../../secret.txt")
 
     def ask(path: str, host: str = f"127.0.0.1:{port}", method: str = "GET") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         try:
             connection.putrequest(method, path, skip_host=True)  # sent as it is, dots and all
-            connection.putheader("Host", host)
+            if host:
+                connection.putheader("Host", host)
             connection.endheaders()
             answer = connection.getresponse()
+            assert answer.getheader("Location") is None
             return answer.status, answer.read()
         finally:
             connection.close()
@@ -327,18 +383,26 @@ def test_server_serves_the_folder_and_nothing_else(
         assert ask("/") == (200, (album / "index.html").read_bytes())
         assert ask("/search.js?v=1") == (200, (album / "search.js").read_bytes())
         assert ask("/index.html", host=f"localhost:{port}")[0] == 200
-        for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/t/../../secret.txt",
-                     "/..%2fsecret.txt", "//../secret.txt", "/..\\secret.txt", "/link.txt",
-                     "/up/secret.txt", "/up", "/up/", "/t/", "/data/", str(secret), f"/{secret}",
-                     "/none", "/%00", "/circle", "/index.html/"):
+        for path in (*OUTSIDE, str(secret), f"/{secret}", quote(str(secret)), f"/t/..{secret}",
+                     f"file://{secret}"):
             status, body = ask(path)
-            assert status in (301, 403, 404) and b"SECRET" not in body, path
-        assert ask("/", host="evil.example")[0] == 403
-        assert ask("/", method="POST")[0] == 501
+            assert status in (400, 404) and b"SECRET" not in body, path
+        for host in FOREIGN:
+            assert ask("/", host=host)[0] == 403, host
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND"):
+            assert ask("/", method=method)[0] == 501
+        for raw in (b"GET /../secret.txt\r\n\r\n", b"GET /%00 HTTP/1.0\r\n\r\n", b"\r\n",
+                    b"GET\r\n", b"GET / HTTP/9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00",
+                    b"GET /\r\n\r\n", b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+                    b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(raw)
+                connection.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda c=connection: c.recv(1 << 16), b""))
+                assert b"SECRET" not in answer and b"Photo search" not in answer, raw
     finally:
-        (album / "link.txt").unlink()
-        (album / "up").unlink()
-        (album / "circle").unlink()
+        for name in ("link.txt", "up", "circle", "t/hidden"):
+            (album / name).unlink()
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0 and process.stderr.read() == ""
 
@@ -710,6 +774,29 @@ def test_an_unknown_word_and_what_is_near(visitor: Visitor) -> None:
     assert near["zzzzzzzz"] == near["x" * 5000] == []
 
 
+def test_near_words_are_pythons(visitor: Visitor, tmp_path: Path, world: dict) -> None:
+    """search.py and the page have one rule: the same words, in the same order."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> list[str]:
+        return ["".join(rng.choice(list("abcdé犬\U00010330"), rng.integers(1, 9)))
+                for _ in range(count)]
+
+    known = list(dict.fromkeys([*WORDS[2:], *words(600)]))
+    write_page(tmp_path / "album", **{
+        **world, "words": WORDS[:2] + known,
+        "word_embeddings": np.ones((2 + len(known), DIM), np.float32)})
+    visitor.open((tmp_path / "album" / "index.html").as_uri())
+    asked = [*words(600), "runn", "purpel", "crcle", "сhайка", "constructo", "zzzzzzzz", "x" * 5000,
+             *(word[:i] + word[i + 1:] for word in known[:30] for i in range(len(word)))]
+    found = visitor.js("return arguments[0].map((word) => nearWords(word))", asked)
+    assert found == [near_words(word, known) for word in asked]
+    assert sum(map(bool, found)) > 500 and sum(map(len, found)) > 1500
+    pairs = [(a, b) for a, b in zip(asked, reversed(asked), strict=True) if len(a + b) < 50]
+    assert visitor.js("return arguments[0].map(([a, b]) => editDistance([...a], [...b]))", pairs) \
+        == [edit_distance(a, b) for a, b in pairs]
+
+
 def test_only_unknown_words_rank_nothing(visitor: Visitor) -> None:
     """No random ranking: the words are named instead."""
     visitor.type("hart")
@@ -749,32 +836,60 @@ def test_nothing_typed_yet(visitor: Visitor) -> None:
     visitor.until(lambda: visitor.settled("") and visitor.see("#intro")[0].is_displayed())
 
 
+def tame(text: str) -> str:
+    """The oracle: text as the page shows it."""
+    text = re.sub(r"[\s\ufeff]+", " ", re.sub("[\ud800-\udfff]", "\ufffd", text)).strip()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+
+
 def test_hostile_names_and_captions_are_text(
     visitor: Visitor, tmp_path: Path, world: dict
 ) -> None:
     """Shown as they are, but for what turns or hides text; nothing runs, nothing is fetched."""
-    names = HOSTILE + [f"{i}.jpg" for i in range(36 - len(HOSTILE))]
-    captions = [[name, name] for name in HOSTILE] + [[]] * (36 - len(HOSTILE))
-    write_page(tmp_path / "album", **{**world, "names": names, "captions": captions,
-                                      "title": "<b>{{data}}</b>"})
-    visitor.open((tmp_path / "album" / "index.html").as_uri(), "#n=48")
+    captions = [[name, name] for name in HOSTILE]
+    write_page(tmp_path / "album", **tiled(world, len(HOSTILE)) | {
+        "names": HOSTILE, "captions": captions, "title": "<b>{{data}}</b>"})
+    visitor.open((tmp_path / "album" / "index.html").as_uri(), "#n=96")
     assert visitor.text("h1") == "<b>{{data}}</b>"
     visitor.type("red circle")
     shown = visitor.captions()
-    tame = [re.sub(r"\s+", " ", name.replace("\udcff", "\ufffd")) for name in names]
-    tame = [re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", name)
-            for name in tame]
-    assert len(shown) == 36 and set(tame) - set(shown) == set()
-    for i in range(len(HOSTILE)):  # each opened, by its address, and those like it drawn
+    tokens = [re.sub(r" +([.,;:!?])(?=\s|$)", r"\1", tame(name)) for name in HOSTILE]
+    assert len(shown) == len(HOSTILE) and set(shown) == {
+        caption or tame(name) for caption, name in zip(tokens, HOSTILE, strict=True)}
+    for i, name in enumerate(HOSTILE):  # each opened, by its address, and those like it drawn
         visitor.js("go({ photo: photos.names[arguments[0]] })", i)
-        visitor.until(lambda i=i: visitor.js(
-            "return dialog.querySelector('.name')?.textContent") == tame[i])
+        visitor.until(lambda i=i: visitor.js("return !waiting && lastPhoto === arguments[0]", i))
+        assert visitor.js("return dialog.querySelector('.name').textContent") == tame(name)
         assert visitor.js("return readAddress().photo === photos.names[arguments[0]]", i)
-    visitor.open(visitor.url, f"#q=<img src=x onerror={RUN}>&photo=</script><script>{RUN}")
-    assert visitor.captions() == [] and "There is no photo called" in visitor.text("#notes")
-    assert visitor.see("script:not([src])") == visitor.see("#results [onerror]") == []
+    harmless(visitor)
+
+
+def harmless(visitor: Visitor) -> None:
+    """Nothing on the page came of markup, and every link leads to the page itself."""
+    assert visitor.see("script:not([src]), style, iframe, object, base, form[action], #results svg"
+                       ) == []
+    assert visitor.js("""
+        return [...document.querySelectorAll('*')].flatMap((node) => [...node.attributes])
+          .filter(({ name }) => name.startsWith('on') || name === 'srcdoc').length""") == 0
     links = visitor.js("return [...document.querySelectorAll('a')].map((a) => a.href)")
-    assert all(link.startswith(visitor.url + "#") for link in links)
+    assert links and all(link.startswith(visitor.url + "#") for link in links)
+    images = visitor.js("return [...document.images].map((image) => image.getAttribute('src'))")
+    assert all(re.fullmatch(r"[tf]/[0-9a-f]{20}_\d+x\d+\.jpg", source) for source in images)
+
+
+def test_hostile_addresses_and_queries(visitor: Visitor) -> None:
+    """Whatever stands after the page's address is a text to search for, or a photo not there."""
+    for text in (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in HOSTILE):
+        for fragment in ("#q=" + quote(text), f"#q={text}", f"#{text}", "#photo=" + quote(text)):
+            visitor.js("location.hash = arguments[0]", fragment)
+            visitor.until(lambda: visitor.js("return !waiting && !state.photo"
+                                             " && state.text === readAddress().text"))
+        harmless(visitor)
+    base = visitor.url
+    for text in (f"<img src=x onerror={RUN}>", f"javascript:{RUN}", f"</script><script>{RUN}"):
+        for address in (f"?q={text}#q={text}", f"?{text}", f"#q={quote(text)}&photo={quote(text)}"):
+            visitor.open(base, address)
+            assert visitor.js("return window.ran") is None
 
 
 @pytest.fixture()
