@@ -36,7 +36,7 @@ from src.model import DualEncoder
 from src.pixels import PixelStore, store_size
 from src.report import format_table, write_rejected
 from src.retrieval import evaluate_retrieval
-from src.runtime import pick_device
+from src.runtime import keep_freed_memory, pick_device
 from src.tokenizer import Tokenizer
 
 
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = args.checkpoint or results.best
     model, tokenizer, content = load_checkpoint(checkpoint)
     args = recall_arguments(parser, argv, content)
+    keep_freed_memory()
     start_processes()
     try:
         model.to(pick_device(args.device))

@@ -127,8 +127,9 @@ def main(argv: list[str] | None = None) -> int:
 def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, dict]:
     """A checkpoint with its model on a device: what `load_checkpoint` gives."""
     from src.checkpoint import load_checkpoint
-    from src.runtime import pick_device
+    from src.runtime import keep_freed_memory, pick_device
 
+    keep_freed_memory()
     model, tokenizer, content = load_checkpoint(checkpoint)
     return model.to(pick_device(device)), tokenizer, content
 

@@ -63,6 +63,7 @@ from src.run_state import RunState, compare_flags, load_run
 from src.runtime import (
     compute_deterministically,
     grad_scaler,
+    keep_freed_memory,
     out_of_memory_told,
     pick_device,
     seed_all,
@@ -104,6 +105,7 @@ def plain(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Join the processes, prepare the places, train. Returns the exit status."""
+    keep_freed_memory()
     args, earlier = parse_args(argv)
     data, results = resolve_data(args), resolve_results(args)
     start_processes()

@@ -84,7 +84,7 @@ def _compute(path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> No
             photos = np.arange(start, min(start + BATCH_SIZE, count))
             images = eval_view(dataset.pixels(photos).to(device),
                                encoder.image_size)
-            with autocast(device):
+            with autocast(device, training=False):
                 features[photos] = encoder(images).float().cpu().numpy()
             start += len(photos)
             bar.update(len(photos))

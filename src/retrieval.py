@@ -31,7 +31,7 @@ def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
     images = pixels.to(device, non_blocking=True)
     if images.ndim == 4:
         images = eval_view(images, model.config.image_size)
-    with autocast(device):
+    with autocast(device, training=False):
         return model.encode_image(images).cpu()
 
 

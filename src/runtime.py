@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -34,19 +38,46 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """The type that matrix products and convolutions run in while training.
+def compute_dtype(device: torch.device, training: bool = True) -> torch.dtype:
+    """The type that matrix products and convolutions run in.
 
-    bfloat16 on GPUs that have it (Ampere and later), float16 on older ones, float32 elsewhere.
+    bfloat16 on GPUs that have it (Ampere and later), float16 on older ones. CPUs train in float32,
+    since bfloat16 has no fast way back through depthwise convolutions there, and embed in bfloat16
+    where the processor has instructions for it, twice as fast. float32 elsewhere.
     """
+    if device.type == "cpu":
+        return torch.bfloat16 if not training and cpu_has_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def autocast(device: torch.device) -> torch.autocast:
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; others imitate it, slowly."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free, for the next step's tensors of the same sizes.
+
+    glibc maps each large block anew and gives it back at once, so that in every step the kernel
+    clears gigabytes of pages: a third to a half of the time of a training step on a CPU. No value
+    changes. Elsewhere than with glibc nothing happens.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap …
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never give its end back …
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: … which grows by 64 MB
+
+
+def autocast(device: torch.device, training: bool = True) -> torch.autocast:
     """Mixed precision for `device`; a context that does nothing where it computes in float32."""
-    dtype = compute_dtype(device)
+    dtype = compute_dtype(device, training)
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 

@@ -24,6 +24,12 @@ settings.load_profile("suite")
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every processor computes in float32, so that the tests see the same numbers everywhere."""
+    monkeypatch.setattr("src.runtime.cpu_has_bfloat16", lambda: False)
+
+
 @pytest.fixture()
 def tiny_data(tmp_path: Path) -> tuple[Path, Path]:
     """12 photos of 20x24 pixels, JPEG and PNG, with five captions each: (images, annotations)."""

@@ -9,11 +9,14 @@ import signal
 import pytest
 import torch
 
+from src import runtime
 from src.errors import UserError
 from src.runtime import (
     autocast,
     compute_dtype,
+    cpu_has_bfloat16,
     grad_scaler,
+    keep_freed_memory,
     out_of_memory_told,
     pick_device,
     seed_all,
@@ -118,6 +121,33 @@ def test_what_the_host_cannot_give_is_out_of_memory():
     """torch's own error for more memory than any machine has is one of them."""
     with pytest.raises(UserError, match="out of memory"), out_of_memory_told():
         torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("flags : fpu avx512f avx512_bf16 sse", torch.bfloat16), ("flags : amx_bf16", torch.bfloat16),
+    ("flags : fpu avx2 avx512f", torch.float32), (None, torch.float32),
+])
+def test_a_cpu_embeds_in_bfloat16_where_it_has_it(monkeypatch, flags, expected):
+    """The processor's own list decides; without one, and for training, it is float32."""
+    def read(path, **_):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr(runtime.Path, "read_text", read)
+    monkeypatch.setattr(runtime, "cpu_has_bfloat16", cpu_has_bfloat16.__wrapped__)
+    assert compute_dtype(CPU, training=False) == expected
+    assert compute_dtype(CPU) == torch.float32
+    with autocast(CPU, training=False):
+        assert torch.is_autocast_enabled("cpu") == (expected == torch.bfloat16)
+
+
+def test_kept_memory_changes_no_value():
+    """The C library may be told at any time; what is computed stays the same to the bit."""
+    values = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    before = values @ values
+    keep_freed_memory()
+    assert torch.equal(values @ values, before)
 
 
 def test_other_mistakes_stay_our_own():
