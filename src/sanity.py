@@ -38,8 +38,8 @@ def check_data(source: Source) -> list[str]:
     """Rows, photos, split and duplicates; returns what is wrong."""
     read = source.annotations
     print(f"captions   {read.rows:,} rows in the format of {read.format}: "
-          f"{len(read.recovered):,} recovered, {len(read.repeated):,} repeated, "
-          f"{len(read.rejected):,} rejected")
+          f"{len(read.recovered):,} recovered, {len(read.rejected):,} rejected"
+          + (f", {len(read.repeated):,} repeated" if read.repeated else ""))
     per_photo = Counter(len(record.captions) for record in read.records)
     print(f"photos     {len(read.records):,} with captions ("
           + ", ".join(f"{n:,} with {k}" for k, n in per_photo.most_common(4))
