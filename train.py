@@ -146,7 +146,7 @@ def train(
     # Steps an epoch are all but the same in every epoch, since the batches are full.
     n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
     scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule,
-                               done_steps=run.steps)
+                               done_steps=run.steps, restart_at=args.head_epochs * n_steps)
     if rank() == 0:
         write_atomic(results.folder / "args.json", json.dumps(run.flags, indent=2).encode())
 

@@ -35,21 +35,24 @@ def build_optimizer(
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, schedule: str,
-    done_steps: int = 0,
+    done_steps: int = 0, restart_at: int = 0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over `warmup_steps`, then 'constant', or 'cosine' to zero at `total_steps`.
 
     A function of the optimiser's own rate and the step: a run that goes on after `done_steps`
-    needs no saved state, and takes a new --lr at its word.
+    needs no saved state, and takes a new --lr at its word. A run of two phases has the whole
+    schedule in each: it begins anew at step `restart_at`.
     """
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
+        start, end = (0, restart_at) if step < restart_at else (restart_at, total_steps)
+        done, phase_steps = step - start, end - start
+        if done < warmup_steps:
+            return (done + 1) / warmup_steps
         if schedule == "constant":
             return 1.0
-        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        share = (done - warmup_steps) / max(1, phase_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # LambdaLR asks for it where it does not start at 0

@@ -99,6 +99,14 @@ def test_warm_up_is_linear_from_its_first_share(schedule):
     assert used == [2.0, 4.0, 6.0, 8.0]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_second_phase_has_the_whole_schedule_again(schedule):
+    """Restarted at step 30 of 100, a run has the rates of one of 30 steps, then of one of 70."""
+    used = rates(100, 1.0, warmup_steps=5, total_steps=100, schedule=schedule, restart_at=30)
+    assert used[:30] == rates(30, 1.0, warmup_steps=5, total_steps=30, schedule=schedule)
+    assert used[30:] == rates(70, 1.0, warmup_steps=5, total_steps=70, schedule=schedule)
+
+
 def test_cosine_follows_its_formula_down_to_nothing():
     """After the warm-up half a cosine, from the full rate to 0 at the last step's end and on."""
     used = rates(104, 1.0, warmup_steps=20, total_steps=100, schedule="cosine")
