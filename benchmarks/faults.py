@@ -92,7 +92,8 @@ def check_kills(folder: Path, kills: int, seed: int) -> tuple[list[tuple[str, st
                                  min(0.7 * seconds, 15.0))
         found = differences(what_is_left(ended / "results"), expected)
         lost += [f"run {runs}: {where}" for where in found]
-        say(f"kills: {done} of {kills - search_kills} in {runs} runs; differences: {len(lost)}")
+        say(f"kills: {done} of {kills - search_kills} in {runs} runs; "
+            f"differences: {', '.join(lost) or 'none'}")
         subprocess.run(["rm", "-r", str(ended)], check=True)
     search = ["search.py", "a red thing", "--json", "--images", data / "images", "--results-dir",
               whole / "results", "--index-dir"]

@@ -107,14 +107,14 @@ def what_is_left(results: Path) -> dict[str, object]:
         "last": load_tensors(results / "models" / "flickr30k_clip_last.pth"),
         "best": load_tensors(results / "models" / "flickr30k_clip_best.pth"),
         "log.jsonl": [json.loads(line) for line in log],
-        "files": sorted(str(path.relative_to(results)) for path in results.rglob("*")
-                        if path.is_file()),
+        "files": {str(path.relative_to(results)): True for path in sorted(results.rglob("*"))},
     }
 
 
 def temporary_files(results: Path) -> dict[Path, int]:
     """The files that are being written in a folder, with their time of change."""
-    return {path: path.stat().st_mtime_ns for path in results.rglob(".*.tmp")}
+    return {path: path.stat().st_mtime_ns for pattern in (".*.tmp", ".*.new")
+            for path in results.rglob(pattern)}
 
 
 def train_until_done(
@@ -147,7 +147,7 @@ def train_until_done(
                    if before.get(path) != changed]
         if not journal.exists() or not journal.stat().st_size:
             moment = "decoding the photos"
-        elif any(name.endswith(".pth.tmp") for name in written):
+        elif any(".pth." in name for name in written):
             moment = "saving a checkpoint"
         else:
             moment = "writing another file" if written else "training and the rest"
