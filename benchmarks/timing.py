@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -60,3 +64,60 @@ def machine() -> str:
     packages = ", ".join(f"{p} {installed(p)}" for p in ("torch", "numpy", "pillow"))
     return (f"{date.today()}, {name}, {os.cpu_count()} cores, Python {platform.python_version()}, "
             f"{packages}")
+
+
+def one_process_each(
+    module: str, contenders: list[str], repeats: int, flags: list[str]
+) -> dict[str, list[dict]]:
+    """What `python -m MODULE --one CONTENDER FLAGS` reports, in turn, `repeats` times.
+
+    A process of its own for each, since one's memory allocator, threads and caches would change
+    the other's time. The report is the last line of output, in JSON.
+
+    Returns:
+        contender -> its reports. One that lacks a package reports {"missing": its name}.
+    """
+    reports: dict[str, list[dict]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name in contenders:
+            done = subprocess.run([sys.executable, "-m", module, "--one", name, *flags],
+                                  stdout=subprocess.PIPE, text=True, check=True)
+            reports[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return reports
+
+
+class PeakMemory:
+    """The most memory in use while the block runs, without the page cache's.
+
+    Attributes:
+        bytes: peak of the process's own pages, seen every 10 ms; where the kernel does not tell
+            them apart, all of its pages.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = self._now()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
+        self.bytes = max(self.bytes, self._now())
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            self.bytes = max(self.bytes, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        try:
+            with open("/proc/self/status", encoding="ascii") as file:
+                return next(1024 * int(line.split()[1]) for line in file
+                            if line.startswith("RssAnon"))
+        except (OSError, StopIteration):
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else 1024 * peak

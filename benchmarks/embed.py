@@ -1,0 +1,133 @@
+"""Embedding photos: the plain script's way and ours.
+
+    python -m benchmarks.embed [--photos FOLDER] [--weights FILE]
+
+Each in a process of its own, in turn. `ours` reads the store, `ours, from files` decodes too, as a
+search over a new folder does. The store is made without the margin for random crops here, so that
+all see the same pixels; `from files` sees the middle of a slightly larger photo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks import plain
+from benchmarks.photos import write_data_set
+from benchmarks.timing import machine, one_process_each, ratio, spread
+from src.dataset import Flickr30kDataset
+from src.indexing import update_index
+from src.model import DualEncoder, ModelConfig
+from src.pixels import PixelStore
+from src.retrieval import embed_images
+from src.runtime import keep_freed_memory, pick_device, seed_all
+from src.tokenizer import Tokenizer
+
+SIZE = 224
+CONTENDERS = ("plain", "ours", "ours, from files")
+
+
+def main() -> int:
+    """Print the table; or, with --one, measure one contender and report it in JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="JPEGs, repeated to size (default: generated)")
+    parser.add_argument("--weights", default="none", help="of the image encoder (default: random, "
+                        "with BatchNorm's statistics of the photos)")
+    parser.add_argument("--count", type=int, default=256, help="photos (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            report = measure(args, Path(folder))
+        print(json.dumps(report))
+        return 0
+    print(machine())
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for device in devices:
+        table(args, device)
+    if "cuda" not in devices:
+        print("\non a GPU\n  not measured: no GPU")
+    return 0
+
+
+def table(args: argparse.Namespace, device: str) -> None:
+    """Measure all contenders on one device, and print what each took."""
+    flags = ["--weights", args.weights, "--count", str(args.count), "--device", device]
+    flags += ["--photos", str(args.photos)] if args.photos else []
+    reports = one_process_each("benchmarks.embed", list(CONTENDERS), args.repeats, flags)
+    print(f"\non {device}: {args.count} photos at {SIZE}, "
+          f"{'real' if args.photos else 'generated'}, {args.repeats} runs")
+    plainly = np.array(reports["plain"][0]["embeddings"])
+    seconds = {name: [report["seconds"] for report in own] for name, own in reports.items()}
+    for name, own in reports.items():
+        cosine = (plainly * np.array(own[0]["embeddings"])).sum(1).min()
+        speed = args.count / sorted(seconds[name])[len(seconds[name]) // 2]
+        print(f"  {name:17} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s   "
+              f"plain / this {ratio(seconds['plain'], seconds[name])}   "
+              f"least cosine to plain {cosine:.5f}")
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    """Seconds of one contender, and the embeddings of the first photos."""
+    if args.one != "plain":
+        keep_freed_memory()  # as evaluate.py and search.py do
+    device = pick_device(args.device)
+    records = write_data_set(folder, args.count + 1, args.photos).splits["train"]
+    names = [record.name for record in records]
+    tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
+    pairs = [(folder / "images" / record.name, record.captions[0]) for record in records]
+    loader = plain.plain_loader(pairs, tokenizer.encode, SIZE, batch_size=64)
+    model = make_model(len(tokenizer), args.weights, loader).to(device)
+    if args.one == "plain":
+        other = plain.PlainModel(len(tokenizer), SIZE, 0.0, 0.0)
+        other.load_state_dict(model.state_dict())
+        other.to(device)
+        plain.embed(other, [next(iter(loader))], device)  # warms up
+        start = time.perf_counter()
+        embeddings = plain.embed(other, loader, device)
+    elif args.one == "ours":
+        store = PixelStore.build(folder, folder / "images", names, SIZE)
+        dataset = Flickr30kDataset(records, store, tokenizer)
+        embed_images(model, Flickr30kDataset(records[:64], store, tokenizer))
+        start = time.perf_counter()
+        embeddings = embed_images(model, dataset)
+    else:
+        start = time.perf_counter()
+        index = update_index(folder / "index", folder / "images", "", model.config.embed_dim,
+                             lambda: model)
+        rows = {name: row for row, name in enumerate(index.names)}
+        embeddings = np.asarray(index.embeddings)[[rows[name] for name in names]]
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "embeddings": embeddings[:48].tolist()}
+
+
+def make_model(vocab_size: int, weights: str, loader: DataLoader) -> DualEncoder:
+    """The same model in every process; random weights get the statistics of the photos' features.
+
+    Without those all photos have nearly the same embedding, and any cosine would be 1.
+    """
+    seed_all(0, "weights")
+    model = DualEncoder(ModelConfig(vocab_size, image_size=SIZE, drop_connect=0.0))
+    model.image_encoder.load_weights(weights)
+    if weights == "none":
+        images, _ = next(iter(loader))
+        with torch.no_grad():
+            for _ in range(20):
+                model.train().encode_image(images[:16])
+    return model.eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
