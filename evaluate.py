@@ -34,7 +34,7 @@ from src.files import write_atomic
 from src.mistakes import find_mistakes, plot_mistakes
 from src.model import DualEncoder
 from src.pixels import PixelStore, store_size
-from src.report import format_table, write_rejected
+from src.report import check_strict, format_table, remarks_of, write_rejected
 from src.retrieval import evaluate_retrieval
 from src.runtime import keep_freed_memory, pick_device
 from src.tokenizer import Tokenizer
@@ -114,6 +114,8 @@ def open_split(
     dataset = Flickr30kDataset(records, store, tokenizer)
     if rank() == 0:
         print(write_rejected(results.folder / "rejected.csv", source, store, dataset))
+    if args.strict:
+        check_strict(remarks_of(source, store))
     if not dataset.records:
         raise UserError(f"no {args.split} photo could be read")
     return dataset

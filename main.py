@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )
     problems = check_data(source)
-    if getattr(args, "strict", False):
+    if args.strict:
         problems += check_photos(source, store_size(image_size))
     tokenizer = Tokenizer.from_captions(
         captions_of(source.splits["train"]), args.min_freq, args.context_length

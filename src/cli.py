@@ -73,6 +73,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: DATA_DIR/annotations/annotations.csv)")
     group.add_argument("--cache-dir", type=Path, metavar="DIR",
                        help="where the decoded photos are kept (default: beside the images)")
+    group.add_argument("--strict", action="store_true",
+                       help="end with status 1 where a caption row or a photo cannot be used")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:

@@ -442,6 +442,30 @@ def test_too_few_photos_to_validate(run):
         run("lonely", "--val-fraction", "0.05")
 
 
+@pytest.mark.parametrize("fault", ["row", "missing", "unreadable"])
+def test_strict_ends_where_something_cannot_be_used(run, stubs, tmp_path, fault):
+    """Without --strict a run goes on with the rest; with it it ends with status 1 before the first
+    epoch, and what was wrong stands in rejected.csv all the same."""
+    shutil.copytree(run.folder / "data", tmp_path / "data")
+    images = tmp_path / "data" / "images"
+    annotations = tmp_path / "data" / "annotations" / "annotations.csv"
+    if fault == "row":
+        annotations.write_text(annotations.read_text() + "no row at all\n")
+    elif fault == "missing":
+        (images / "1003.jpg").unlink()
+    else:
+        (images / "1003.jpg").write_bytes(b"no photo")
+    flags = ["--images", str(images), "--annotations", str(annotations), "--cache-dir",
+             str(tmp_path)]
+    stubs.rsums = [1.0]
+    run(f"lenient {fault}", *flags)
+    with pytest.raises(UserError, match="--strict") as caught:
+        run(f"strict {fault}", *flags, "--strict")
+    assert caught.value.status == 1 and len(stubs.seen) == 1
+    rejected = (run.folder / f"strict {fault}" / "rejected.csv").read_text()
+    assert ("no row at all" if fault == "row" else "1003.jpg") in rejected
+
+
 def test_weights_that_are_not_there(run):
     """--weights with a path of nothing names it."""
     with pytest.raises(UserError, match="there is no file nowhere.pth"):
