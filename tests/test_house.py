@@ -59,6 +59,15 @@ def test_rooms_import_in_no_circle() -> None:
 
 
 @pytest.mark.parametrize("path", ROOMS + SCRIPTS, ids=lambda path: path.stem)
+def test_the_reading_order_names_every_file(path: Path) -> None:
+    """README's table is a map of the code, and a map leaves no room out."""
+    name = path.relative_to(ROOT).as_posix()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## The code, in reading order")[1].split("\n## ")[0]
+    assert path.stem == "__init__" or f"`{name}`" in table
+
+
+@pytest.mark.parametrize("path", ROOMS + SCRIPTS, ids=lambda path: path.stem)
 def test_every_library_has_one_door(path: Path) -> None:
     """Outside libraries are used in the one room made for them."""
     for library in {name.split(".")[0] for name in imports(path)} & DOORS.keys():
