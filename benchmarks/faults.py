@@ -104,8 +104,7 @@ def check_kills(folder: Path, kills: int, seed: int) -> tuple[list[tuple[str, st
         lost += [f"search {attempt}: {where}" for where in differences(answer, right)]
     moments = ", ".join(f"{count} {moment}" for moment, count in killer.moments.most_common())
     return [("kills survived", f"{killer.moments.total()}: {moments}"),
-            ("killed runs gone on with to their end", f"{runs}, bit for bit as one undisturbed")
-            ], lost
+            ("killed runs gone on with, held against an undisturbed one", str(runs))], lost
 
 
 def run_script(*command: object) -> subprocess.CompletedProcess:
