@@ -394,10 +394,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import src.image_file, src.retrieval
+import src.image_file, src.retrieval, src.runtime
 from src import indexing
 from src.model import DualEncoder, ModelConfig
 indexing.BATCH_SIZE, indexing.SAVE_SECONDS = 2, 0
+src.runtime.cpu_has_bfloat16 = lambda: False  # as in all tests
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = DualEncoder(ModelConfig(4, image_size=32)).eval()
