@@ -97,10 +97,11 @@ def check_kills(folder: Path, kills: int, seed: int) -> tuple[list[tuple[str, st
         subprocess.run(["rm", "-r", str(ended)], check=True)
     search = ["search.py", "a red thing", "--json", "--images", data / "images", "--results-dir",
               whole / "results", "--index-dir"]
-    right = search_until_done(killer, [*search, folder / "index"], 0, 0)
+    right, seconds = search_until_done(killer, [*search, folder / "index"])
+    assert right, "a search that finds nothing"
     say(f"kills: {search_kills} of a search that builds its index")
     for attempt in range(search_kills):
-        answer = search_until_done(killer, [*search, folder / f"index {attempt}"], 1, 3)
+        answer, _ = search_until_done(killer, [*search, folder / f"index {attempt}"], 0.6 * seconds)
         lost += [f"search {attempt}: {where}" for where in differences(answer, right)]
     moments = ", ".join(f"{count} {moment}" for moment, count in killer.moments.most_common())
     return [("kills survived", f"{killer.moments.total()}: {moments}"),
