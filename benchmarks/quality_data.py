@@ -1,0 +1,86 @@
+"""The data of the study of retrieval quality: photos' features, captions as a row spells them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.quality_rows import Row
+from src.annotations import ImageRecord
+from src.dataset import Flickr30kDataset
+from src.features import frozen_features
+from src.image_encoder import ImageEncoder
+from src.pixels import PixelStore
+from src.tokenizer import Tokenizer, split_words
+
+CONTEXT_LENGTH = 32
+ENDINGS = ("ingly", "ings", "ing", "edly", "ies", "ers", "er", "ed", "es", "s", "ly", "y")
+
+
+@dataclass
+class Data:
+    """What all rows share: records of both splits, pixels, the frozen encoder, kept features."""
+
+    records: dict[str, list[ImageRecord]]
+    store: PixelStore
+    encoder: ImageEncoder
+    folder: Path
+    known: dict = field(default_factory=dict)
+
+    def features(self, split: str, view: str) -> torch.Tensor:
+        """(N, F) features of each photo's `view`; they depend on nothing that rows change."""
+        if (split, view) not in self.known:
+            dataset = Flickr30kDataset(self.records[split], self.store, Tokenizer.from_captions(
+                [], min_freq=1, context_length=1))
+            size = self.encoder.image_size
+            if view != "centre":
+                pixels = dataset.pixels(np.arange(len(dataset.records)))  # (N, S, S, 3)
+                dataset = dataset.holding({
+                    "mirror": lambda: pixels.flip(2),
+                    "top left": lambda: pixels[:, :size, :size],
+                    "bottom right": lambda: pixels[:, -size:, -size:],
+                }[view]())
+            self.known[split, view] = frozen_features(self.folder, self.encoder, dataset)
+        return self.known[split, view]
+
+    def sets(self, row: Row) -> tuple[Flickr30kDataset, Flickr30kDataset, int]:
+        """Train set, validation set, size of the vocabulary; for pixels the photos' numbers."""
+        captions = [c for record in self.records["train"] for c in record.captions]
+        spell = _speller(row, captions)
+        tokenizer = Tokenizer.from_captions(map(spell, captions), row.min_freq, CONTEXT_LENGTH)
+        train, val = (Flickr30kDataset(
+            [replace(r, captions=tuple(map(spell, r.captions))) for r in self.records[split]],
+            self.store, tokenizer) for split in ("train", "val"))
+        return train.holding(torch.arange(len(train.records))), val, len(tokenizer)
+
+
+def _speller(row: Row, captions: list[str]) -> Callable[[str], str]:
+    """Writes a caption with the words, or stems, that the vocabulary is to know."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    commonest: dict[str, str] = {}
+    for word, count in counts.most_common():
+        if count >= row.min_freq:
+            commonest.setdefault(_stem(word), word)
+
+    def spell(word: str) -> str:
+        if row.stems == "all":
+            return _stem(word)
+        return commonest.get(_stem(word), word) if counts[word] < row.min_freq else word
+
+    if not row.stems:
+        return str
+    return lambda caption: " ".join(map(spell, split_words(caption)))
+
+
+def _stem(word: str) -> str:
+    """A crude stem: one ending, a doubled last letter and a last e go."""
+    word = next((word[: -len(e)] for e in ENDINGS
+                 if word.endswith(e) and len(word) >= len(e) + 3), word)
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":
+        word = word[:-1]
+    return word[:-1] if len(word) > 3 and word[-1] == "e" else word

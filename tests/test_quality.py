@@ -1,0 +1,187 @@
+"""The study of quality: its rows train, its switches do what they say, the seed row is ours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import quality
+from benchmarks.quality_data import Data
+from benchmarks.quality_model import WeighedWords, build_model, row_loss
+from benchmarks.quality_rows import CROPS, PLAIN, ROWS, SEED, STRONG, Row
+from src.annotations import read_annotations
+from src.engine import train_one_epoch
+from src.image_encoder import ImageEncoder
+from src.loss import contrastive_loss
+from src.model import ModelConfig
+from src.optim import build_optimizer, build_schedule
+from src.pixels import PixelStore
+from src.runtime import grad_scaler, seed_all
+from src.text_encoder import TextEncoder
+from tests.conftest import make_tiny_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Nine photos to train on and three to validate, with features drawn at random."""
+    folder = tmp_path_factory.mktemp("quality")
+    images, annotations = make_tiny_data(folder / "data")
+    records = read_annotations(annotations).records
+    store = PixelStore.build(folder, images, [record.name for record in records], 34)
+    seed_all(0, "weights")
+    data = Data({"train": records[:9], "val": records[9:]}, store,
+                ImageEncoder("efficientnet-b0", 32), folder)
+    data.known = {(split, view): torch.randn(len(data.records[split]), 1280)
+                  for split in data.records for view in CROPS}
+    return data
+
+
+def tiny(row: Row) -> Row:
+    """The same row, short."""
+    return replace(row, epochs=1, batch_size=4)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_trains(row: Row, data: Data) -> None:
+    """An epoch of it gives finite metrics, all that the table shows among them."""
+    metrics = quality.train_row(tiny(row), data, seed=0)
+    assert all(math.isfinite(metrics[column]) for column in quality.COLUMNS)
+    assert 0 <= metrics["rsum"] <= 600
+
+
+def test_rows_differ() -> None:
+    """No two have one name or one setting, and all but the two bases change something."""
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    settings = [quality.settings(row) for row in ROWS]
+    assert all(settings.count(each) == 1 for each in settings)
+
+
+def test_a_seed_gives_the_same_run(data: Data) -> None:
+    """The same seed the same metrics; another seed other weights."""
+    row = tiny(STRONG)
+    one, two = (quality.train_row(row, data, seed=1) for _ in range(2))
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    train_set, _, n_words = data.sets(row)
+    first, second = (build_model(row, train_set, n_words, seed) for seed in (1, 2))
+    assert not torch.equal(first.image_projection.linear.weight,
+                           second.image_projection.linear.weight)
+
+
+@pytest.mark.parametrize("base", [SEED, STRONG], ids=lambda row: row.name)
+def test_the_bases_are_the_products(base: Row, data: Data,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's own engine, optimiser and schedule end at the same weights."""
+    row = tiny(base)
+    trained = []
+    monkeypatch.setattr(quality, "evaluate", lambda row, model, *_: trained.append(model) or {})
+    quality.train_row(row, data, seed=3)
+    train_set, _, n_words = data.sets(row)
+    train_set = train_set.holding(data.features("train", "centre"))
+    model = build_model(row, train_set, n_words, seed=3)
+    optimizer = build_optimizer(model, row.lr, row.weight_decay)
+    steps = len(train_set.epoch(row.batch_size, row.captions_per_image, 3, 1))
+    scheduler = build_schedule(optimizer, row.warmup_steps, steps, row.schedule)
+    for _ in train_one_epoch(model, train_set, optimizer, scheduler, grad_scaler(CPU), flip=False,
+                             batch_size=row.batch_size, seed=3, epoch=1,
+                             captions_per_image=row.captions_per_image):
+        pass
+    ours = dict(trained[0].named_parameters())
+    for name, parameter in model.named_parameters():
+        if not name.startswith("image_encoder"):
+            torch.testing.assert_close(ours[name], parameter, rtol=1e-4, atol=row.lr * 1e-2)
+
+
+def test_the_plain_row_is_what_a_student_writes(data: Data) -> None:
+    """N(0, 1) words of 256, a hidden ReLU layer, biases, scale e, nothing dropped, no recipe."""
+    train_set, _, n_words = data.sets(PLAIN)
+    model = build_model(PLAIN, train_set, n_words, seed=0)
+    words = model.text_encoder.embedding.weight
+    assert words.shape == (n_words, 256) and words[0].eq(0).all()
+    assert words[1:].std().item() == pytest.approx(1, abs=0.05)
+    first, relu, last = model.text_projection.linear
+    assert isinstance(relu, torch.nn.ReLU)
+    for layer in (first, last, model.image_projection.linear):
+        assert layer.bias is not None and layer.weight.abs().max() <= layer.in_features**-0.5
+    assert model.logit_scale.exp().item() == pytest.approx(math.e)
+    assert model.text_projection.dropout.p == model.image_projection.dropout.p == 0
+    assert PLAIN.lr == 2e-5 and PLAIN.batch_size == 64 and PLAIN.epochs == 5
+    assert PLAIN.captions_per_image == 1 and PLAIN.schedule == "constant" and not PLAIN.word_dropout
+
+
+def test_losses_meet_where_their_switch_is_off() -> None:
+    """Nearly no smoothing, hinge or weight is the product's loss; equal negatives weigh 1."""
+    seed_all(0, "weights")
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 8)) for n in (4, 8))
+    index = torch.arange(4).repeat_interleave(2)
+    model = torch.nn.Module()
+    model.logit_scale = torch.tensor(2.0)
+    expected = contrastive_loss(images, texts, index, model.logit_scale)
+    for switch in ("label_smoothing", "hinge", "hard_negatives"):
+        found = row_loss(replace(SEED, **{switch: 1e-7}), model, images, texts, index)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        changed = row_loss(replace(SEED, **{switch: 0.5}), model, images, texts, index)
+        assert abs(changed - expected) > 1e-3
+    same = images[:1].expand(4, 8), images[:1].expand(8, 8), index
+    torch.testing.assert_close(row_loss(replace(SEED, hard_negatives=0.5), model, *same),
+                               contrastive_loss(*same, model.logit_scale))
+
+
+def test_weights_of_one_are_the_mean() -> None:
+    """With every weight 1 the weighed bag is the product's."""
+    config = ModelConfig(20, token_dim=6)
+    weighed, plain = WeighedWords(config, torch.ones(20), learned=True), TextEncoder(20, 6)
+    plain.load_state_dict({"embedding.weight": weighed.embedding.weight})
+    tokens = torch.randint(2, 20, (5, 7))
+    tokens[:, 4:] = 0
+    tokens[0] = 0
+    torch.testing.assert_close(weighed(tokens), plain(tokens))
+
+
+def test_rare_words_take_their_stems_place(data: Data) -> None:
+    """A rare word is known as the commonest word of its stem, any other stays as it is."""
+    captions = ("dogs run", "dogs run", "a dog running", "a zebra")
+    few = replace(data, records={split: [replace(data.records["train"][0], captions=captions)] * 2
+                                 for split in ("train", "val")}, known={})
+    tokens = few.sets(replace(SEED, stems="rare", min_freq=3))[1].tokens
+    dogs, run, a = (int(tokens[row, place]) for row, place in ((0, 0), (0, 1), (2, 0)))
+    assert tokens[2, :3].tolist() == [a, dogs, run] and len({dogs, run, a}) == 3
+    every = few.sets(replace(SEED, stems="all", min_freq=3))[1].tokens
+    assert every[2, 1] == every[0, 0] and every[2, 2] == every[0, 1]
+
+
+def test_sides_stay_where_captions_name_them() -> None:
+    """With keep_sides such photos show their centre; without, any view."""
+    sided = torch.tensor([True, False] * 200)
+    kept = quality.draw_views(replace(SEED, keep_sides=True), 2, sided)
+    assert kept[sided].eq(0).all() and kept[~sided].float().mean() == pytest.approx(0.5, abs=0.15)
+    assert quality.draw_views(SEED, 2, sided)[sided].float().mean() > 0.3
+
+
+def test_a_view_is_that_of_changed_pixels(data: Data) -> None:
+    """The mirror's features are those of a store of mirrored photos; corners differ."""
+    fresh, mirrored = (replace(data, known={}) for _ in range(2))
+    mirrored.store = PixelStore(data.store.pixels[:, :, ::-1].copy(), data.store.rows, {})
+    torch.testing.assert_close(fresh.features("val", "mirror"), mirrored.features("val", "centre"))
+    centre, *others = (fresh.features("val", view) for view in CROPS)
+    assert not any(torch.equal(centre, other) for other in others)
+
+
+def test_kept_runs_are_not_trained_again(
+    tmp_path: Path, tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second call prints the first one's line from the file alone."""
+    images, annotations = tiny_data
+    flags = ["--rows", "seed", "--keep", str(tmp_path / "runs.jsonl"), "--weights", "none",
+             "--image-size", "32", "--images", str(images), "--annotations", str(annotations)]
+    assert quality.main([*flags, "--seeds", "2"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("| `seed` |") and "(2)" in line
+    assert quality.main([*flags, "--seeds", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
