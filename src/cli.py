@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.demo import draw_demo
 from src.errors import UserError
 
 
@@ -115,6 +114,8 @@ def prepare_demo(args: argparse.Namespace, data: Data) -> None:
         raise UserError("--demo brings its own photos and captions: leave out --images and "
                         "--annotations, or leave out --demo")
     if args.demo:
+        from src.demo import draw_demo  # brings Pillow, which no other command line needs
+
         draw_demo(data.images.parent)
 
 

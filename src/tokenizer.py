@@ -7,9 +7,12 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # a text search needs no tensors, and torch takes seconds to import
+    import torch
 
 PAD, UNK = "<pad>", "<unk>"
 WORD = re.compile(r"[^\W_]+")  # runs of letters and digits, of any script
@@ -63,6 +66,8 @@ class Tokenizer:
 
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Token ids of M captions: (M, context_length) int64; words past the length are dropped."""
+        import torch
+
         ids, lengths = array("q"), array("q")  # flat: a Python list a caption would be slow
         for caption in captions:
             words = split_words(caption)[: self.context_length]

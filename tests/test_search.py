@@ -135,6 +135,22 @@ def test_mistakes_name_their_cure(trained: list[str], argv: list[str], cure: str
         search.main([*argv, *trained])
 
 
+def test_a_second_search_imports_nothing_heavy(
+    trained: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """A text over an index that is up to date is answered without torch, Pillow or a model, and
+    with the same answer."""
+    search.main(["a red thing", "--json", *trained])
+    first = results_of(capsys)
+    code = ("import sys, search; search.main(sys.argv[1:]); "
+            "print(sorted({'torch', 'PIL', 'efficientnet_pytorch', 'matplotlib', 'pandas', 'tqdm'}"
+            " & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code, "a red thing", "--json", *trained], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    answer, heavy = done.stdout.splitlines()
+    assert [json.loads(answer)] == first and heavy == "[]"
+
+
 def test_the_commands_exit_status_is_two_without_traceback(tmp_path: Path) -> None:
     """From the shell, a mistake is one message on standard error."""
     done = subprocess.run(
