@@ -86,6 +86,8 @@ def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]
         model = DualEncoder(ModelConfig(**content["config"]))
         model.load_state_dict(content["model_state"])
         tokenizer = Tokenizer(content["vocab"], model.config.context_length)
+        if not isinstance(content.get("args", {}), dict):
+            raise TypeError("args is no dictionary")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words for {model.config.vocab_size} embeddings")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
