@@ -38,6 +38,9 @@ from src.tokenizer import split_words
 
 COLUMNS = ("rsum", "text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1",
            "image_to_text_R@10", "seconds")
+HEAD = """| row | what | rsum ± deviation (seeds) | text to image R@1 / R@10 \
+| image to text R@1 / R@10 | seconds | verdict |
+|---|---|---|---|---|---|---|"""
 
 
 def train_row(row: Row, data: Data, seed: int) -> dict[str, float]:
@@ -153,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = args.keep.read_text().splitlines() if args.keep and args.keep.exists() else []
     known = [json.loads(line) for line in lines]
     data = open_data(args) if args.seeds else None
-    print(f"{machine()}\n\n| row | what | rsum ± deviation (seeds) | text to image R@1 / R@10 "
-          "| image to text R@1 / R@10 | seconds | verdict |\n|---|---|---|---|---|---|---|")
+    print(machine())
+    about = ""
     for row in rows:
         runs = {run["seed"]: run["metrics"] for run in known if run["settings"] == settings(row)}
         for seed in set(range(args.seeds)) - runs.keys():
@@ -163,6 +166,9 @@ def main(argv: list[str] | None = None) -> int:
                 with open(args.keep, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"name": row.name, "seed": seed, "metrics": runs[seed],
                                            "settings": settings(row)}) + "\n")
+        if runs and row.about != about:
+            about = row.about
+            print(f"\n### {about}\n\n{HEAD}")
         if runs:
             print(table_line(row, list(runs.values())), flush=True)
     return 0

@@ -64,7 +64,8 @@ class Row:
     eval_views: tuple[str, ...] = ("centre",)
 
 
-SEED = Row("seed", "recipe", "the seed recipe: the product's defaults", "kept")
+SEED = Row("seed", "The plain script and the recipes", "the seed recipe: the product's defaults",
+           "kept")
 PLAIN = replace(
     SEED, name="plain", what="the plain script: N(0, 1) words of 256, hidden ReLU layer, biases, "
     "scale e; lr, batch and epochs of the seed recipe", verdict="the baseline",
@@ -79,18 +80,30 @@ MIRROR, CROPS = ("centre", "mirror"), ("centre", "mirror", "top left", "bottom r
 
 def _seed(name: str, what: str, verdict: str = "", **changes: object) -> Row:
     """The seed recipe but for `changes`."""
-    return replace(SEED, name=f"seed-{name}", about="seed", what=what, verdict=verdict, **changes)
+    return replace(SEED, name=f"seed-{name}", about="The seed recipe but for one thing",
+                   what=what, verdict=verdict, **changes)
 
 
 def _strong(name: str, what: str, verdict: str = "", **changes: object) -> Row:
     """Strong but for `changes`."""
-    return replace(STRONG, name=f"strong-{name}", about="strong", what=what, verdict=verdict,
-                   **changes)
+    return replace(STRONG, name=f"strong-{name}", about="Strong but for one thing",
+                   what=what, verdict=verdict, **changes)
 
 
 ROWS = [
     PLAIN, SEED, STRONG,
     _seed("std-0.02", "words started at N(0, 0.02)", word_std=0.02),
+    _seed("words-n01", "words started at N(0, 1)", word_std=1.0),
+    _seed("scale-e", "logit_scale starts at 1", logit_scale=1.0),
+    _seed("hidden", "the plain script's hidden layer and biases", hidden=True),
+    _seed("lr-1e-3", "lr 1e-3 for all that is new, constant", lr=1e-3),
+    _seed("lr-2e-4", "lr 2e-4 for all that is new, constant", lr=2e-4),
+    _seed("token-dim-256", "words of 256", token_dim=256),
+    _seed("token-dim-1024", "words of 1,024", token_dim=1024),
+    _seed("token-dim-2048", "words of 2,048", token_dim=2048),
+    _seed("cosine", "warm-up 100 and cosine", schedule="cosine", warmup_steps=100),
+    _seed("word-dropout", "word dropout 0.2", word_dropout=0.2),
+    _seed("five-captions", "5 captions a photo and step, 5 epochs", captions_per_image=5),
     _strong("batch-128", "batch 128", batch_size=128),
     _strong("batch-64", "batch 64", batch_size=64),
     _strong("no-word-dropout", "no word dropout", word_dropout=0.0),
@@ -132,17 +145,6 @@ ROWS = [
     _strong("dropout-0", "no dropout of features", dropout=0.0),
     _strong("dropout-0.5", "dropout of both features 0.5", dropout=0.5),
     _strong("word-dropout-0.5", "word dropout 0.5", word_dropout=0.5),
-    _seed("words-n01", "words started at N(0, 1)", word_std=1.0),
-    _seed("scale-e", "logit_scale starts at 1", logit_scale=1.0),
-    _seed("hidden", "the plain script's hidden layer and biases", hidden=True),
-    _seed("lr-1e-3", "lr 1e-3 for all that is new, constant", lr=1e-3),
-    _seed("lr-2e-4", "lr 2e-4 for all that is new, constant", lr=2e-4),
-    _seed("token-dim-256", "words of 256", token_dim=256),
-    _seed("token-dim-1024", "words of 1,024", token_dim=1024),
-    _seed("token-dim-2048", "words of 2,048", token_dim=2048),
-    _seed("cosine", "warm-up 100 and cosine", schedule="cosine", warmup_steps=100),
-    _seed("word-dropout", "word dropout 0.2", word_dropout=0.2),
-    _seed("five-captions", "5 captions a photo and step, 5 epochs", captions_per_image=5),
     _strong("token-dim-2048", "words of 2,048", token_dim=2048),
     _strong("embed-dim-1024", "shared space of 1,024", embed_dim=1024),
     _strong("scale-10-fixed", "logit_scale kept at ln 10", logit_scale=math.log(10),
