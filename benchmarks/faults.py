@@ -191,8 +191,8 @@ def check_generated() -> tuple[list[tuple[str, str]], list[str]]:
     ran = run_script("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_annotations.py",
                      "-k", "books_balance or any_captions_come_back", "--hypothesis-profile",
                      "nightly", "--hypothesis-show-statistics")
-    counts = [int(count) for count in re.findall(r"(\d+) passing examples", ran.stdout)]
-    lost = [] if ran.returncode == 0 else [ran.stdout[-3000:]]
+    counts = [int(count) for count in re.findall(r"- (\d+) passing", ran.stdout)]
+    lost = [] if ran.returncode == 0 and sum(counts) >= 20_000 else [ran.stdout[-3000:]]
     return [("caption files generated", f"{sum(counts):,}")], lost
 
 
