@@ -12,7 +12,7 @@ ROOMS = sorted((ROOT / "src").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 DOORS = {
     "PIL": {"image_file"}, "efficientnet_pytorch": {"image_encoder"},
-    "matplotlib": {"plots"}, "fcntl": {"files"}, "http": {"page", "image_encoder"},
+    "matplotlib": {"plots"}, "fcntl": {"files"}, "http": {"page_server", "image_encoder"},
 }
 
 

@@ -1,4 +1,4 @@
-"""src/page.py: the folder it writes, the server, and the page itself in a real Chromium."""
+"""src/page.py and src/page_server.py: the folder, the server, and the page in a real Chromium."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from PIL import Image
 from src import page
 from src.errors import UserError
 from src.image_file import load_image
-from src.page import example_queries, serve_page, write_page
+from src.page import example_queries, write_page
+from src.page_server import serve_page
 from src.query import edit_distance, near_words
 from src.tokenizer import split_words
 
@@ -345,8 +346,11 @@ FOREIGN = [
 @pytest.fixture()
 def served(album: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """A process that serves the album, and its port."""
-    code = f"from pathlib import Path; from src.page import *; serve_page(Path({str(album)!r}), 0)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+    # Ctrl-C ends it also where a shell runs the tests in the background, and ignores it for them.
+    code = ("import signal, sys; from pathlib import Path; from src.page_server import serve_page; "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "serve_page(Path(sys.argv[1]), 0)")
+    with subprocess.Popen([sys.executable, "-c", code, album], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process, int(re.search(r"127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
