@@ -7,6 +7,7 @@
     python search.py "a red car" --sheet sheet.png     # the query and its top photos as a picture
     python search.py --page album --images ~/Pictures  # a web page that searches by itself
     python search.py --serve                           # the same, on http://127.0.0.1:8000
+    torchrun --nproc-per-node 2 search.py "a red car"  # several processes embed what is new
 
 The photos are embedded once, into an index below results/index; later calls embed only what is new
 or changed. Without --images the photos of the training run are searched.
@@ -18,6 +19,7 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +34,7 @@ from src.cli import (
 )
 from src.errors import UserError, printable, run_script
 from src.index import ImageIndex
-from src.indexing import update_index
+from src.indexing import help_update, update_index
 from src.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
 
 # torch, Pillow and the rooms that need them are imported where they are used: a text over an index
@@ -85,15 +87,23 @@ def main(argv: list[str] | None = None) -> int:
     """Embed the queries, bring the index up to date, answer. Returns the exit status."""
     args = parser().parse_args(argv)
     results = resolve_results(args)
+    checkpoint = args.checkpoint or results.best
+    load = functools.cache(lambda: load_model(checkpoint, args.device))
+    if "RANK" in os.environ:
+        from src.distributed import end_processes, rank, start_processes
+
+        start_processes()
+        if rank() > 0:
+            help_update(lambda: load()[0])
+            end_processes()
+            return 0
     texts = read_queries(args)
     if not (texts or args.image or args.page or args.serve is not None):
         raise UserError('nothing to look for: give a text, as in python search.py "a red car", '
                         "or --image FILE, or --page DIR")
-    checkpoint = args.checkpoint or results.best
     if not checkpoint.exists():
         raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
                         "name another with --checkpoint")
-    load = functools.cache(lambda: load_model(checkpoint, args.device))
     indexes = results.folder / "index"
     table = load_words(args.index_dir or indexes, checkpoint, load)
     data = resolve_data(recall_arguments(parser(), argv, {"args": table.args}))
@@ -105,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     key = hashlib.sha256(str(images.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     folder = args.index_dir or indexes / f"{images.resolve().name}-{key}"
     index = update_index(folder, images, table.checkpoint, table.dim, lambda: load()[0])
+    if "RANK" in os.environ:
+        end_processes()
 
     answers = [answer_text(query, index, images, args.top) for query in queries]
     if args.image:
@@ -118,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         page = args.page or results.folder / "page"
         write(page, table, index, data)
         if args.serve is not None:
-            from src.page import serve_page
+            from src.page_server import serve_page
 
             serve_page(page, args.serve)
     return 0

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from src.errors import UserError
 
 
 def start_processes() -> None:
@@ -120,3 +124,36 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if world_size() > 1:
         any_process(False)
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 calls this with, in every process; the others wait for it."""
+    box = [value]
+    if world_size() > 1:
+        _exchange(dist.broadcast_object_list, box, 0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list:
+    """What each process calls this with, in the order of their numbers."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        _exchange(dist.all_gather_object, found, value)
+    return found
+
+
+def _exchange(collective: Callable, *args: Any) -> None:
+    """Call a collective; where another process has ended meanwhile, end too, without traceback.
+
+    It has said why, or torchrun says it for one that was killed.
+
+    Raises:
+        UserError: in process 0, which speaks for all.
+    """
+    try:
+        collective(*args)
+    except RuntimeError as error:
+        if rank() > 0:
+            sys.exit(1)
+        raise UserError("another process of this run has ended before its work was done; start it "
+                        "again", status=1) from error

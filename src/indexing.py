@@ -1,4 +1,7 @@
-"""Bring the index of a folder up to date: embed what is new or changed, drop what is gone."""
+"""Bring the index of a folder up to date: embed what is new or changed, drop what is gone.
+
+Of several processes, process 0 alone decides what is new, writes and answers; all of them embed.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,15 @@ def update_index(
                         "another place with --index-dir") from error
 
 
+def help_update(load_model: Callable[[], DualEncoder]) -> None:
+    """Embed this process's share of what process 0, which calls `update_index`, finds to be new."""
+    from src.distributed import from_first
+
+    images, new = from_first(None)
+    for _ in _embedded(images, new, load_model):
+        pass
+
+
 def _update_locked(
     folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder]
 ) -> ImageIndex:
@@ -119,6 +131,10 @@ def _update_locked(
     failed = {name: entry for name, entry in index.failed.items() if found.get(name) == entry[1]}
     new = [name for name in sorted(found)
            if current.get(name) != found[name] and name not in failed]
+    if "RANK" in os.environ:  # the other processes wait for their work, also where there is none
+        from src.distributed import from_first
+
+        from_first((images, new))
     keep = [row for row, name in enumerate(index.names)
             if name in found and current[name] == found[name]]
     if new or len(keep) < len(index.names) or failed != index.failed:
@@ -160,9 +176,12 @@ def _embed_new(
 
     try:
         saved = time.monotonic()
-        for batch, embeddings in _embedded(index, images, new, load_model):
+        for batch, embeddings, errors in _embedded(images, list(new), load_model):
             names.extend(batch)
             parts.append(embeddings)
+            for name, (reason, may_pass) in errors.items():
+                # Without a signature it is tried again: the disk may have had a bad moment.
+                index.failed[name] = [reason, None if may_pass else new[name]]
             if time.monotonic() - saved > SAVE_SECONDS:
                 settle()
                 saved = time.monotonic()
@@ -171,18 +190,19 @@ def _embed_new(
 
 
 def _embedded(
-    index: ImageIndex, images: Path, new: dict[str, list[int]],
-    load_model: Callable[[], DualEncoder],
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Batches of embedded photos, names and (B, D), the next decoding while one is embedded.
+    images: Path, names: list[str], load_model: Callable[[], DualEncoder]
+) -> Iterator[tuple[list[str], np.ndarray, dict[str, tuple[str, bool]]]]:
+    """Batches of embedded photos, the next decoding while one is embedded.
 
-    Unreadable ones go to `index.failed`.
+    Of each batch every process embeds a share, and has in turn what each of them made: names,
+    (B, D), and of unreadable ones the reason and whether it may pass.
     """
-    if not new:
+    if not names:
         return
     import torch
     from tqdm import tqdm
 
+    from src.distributed import gather_objects, rank, shares, world_size
     from src.image_file import ReadError, load_square
     from src.pixels import store_size
     from src.retrieval import embed_pixels
@@ -190,27 +210,29 @@ def _embedded(
     model = load_model()
     size = store_size(model.config.image_size)
 
-    def decode(name: str) -> np.ndarray | ValueError:
+    def decode(name: str) -> np.ndarray | tuple[str, bool]:
         try:
             return load_square(images / name, size)
         except ValueError as error:
-            return error
+            return str(error), isinstance(error, ReadError)
 
-    names = list(new)
-    batches = [names[i : i + BATCH_SIZE] for i in range(0, len(names), BATCH_SIZE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            tqdm(total=len(names), desc="indexing", unit="photo", disable=None) as bar:
-        ahead = pool.map(decode, batches[0])
-        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+    step = BATCH_SIZE * world_size()
+    batches = [names[i : i + step] for i in range(0, len(names), step)]
+    own = [[batch[i] for i in shares(len(batch))[rank()]] for batch in batches]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+            total=len(names), desc="indexing", unit="photo",
+            disable=None if rank() == 0 else True) as bar:
+        ahead = pool.map(decode, own[0])
+        for batch, following in zip(own, [*own[1:], []], strict=True):
             results = dict(zip(batch, ahead, strict=True))
             ahead = pool.map(decode, following)
-            for name, error in results.items():
-                if isinstance(error, ValueError):
-                    # Without a signature it is tried again: the disk may have had a bad moment.
-                    index.failed[name] = [str(error), None if isinstance(error, ReadError)
-                                          else new[name]]
             good = [name for name in batch if isinstance(results[name], np.ndarray)]
+            errors = {name: result for name, result in results.items()
+                      if not isinstance(result, np.ndarray)}
+            embeddings = np.zeros((0, model.config.embed_dim), np.float32)
             if good:
                 pixels = torch.from_numpy(np.stack([results[name] for name in good]))
-                yield good, embed_pixels(model, pixels).numpy()
-            bar.update(len(batch))
+                embeddings = embed_pixels(model, pixels).numpy()
+            for part in gather_objects((good, embeddings, errors)):
+                yield part
+                bar.update(len(part[0]) + len(part[2]))

@@ -8,16 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_data
+from PIL import Image
 
+import search
 import train
 from src.annotations import ImageRecord
+from src.checkpoint import save_checkpoint
 from src.dataset import Flickr30kDataset
 from src.distributed import (
     any_process,
     average_gradients,
+    from_first,
+    gather_objects,
     gather_rows,
     rank,
     shares,
@@ -25,7 +31,9 @@ from src.distributed import (
     world_size,
 )
 from src.engine import backward
+from src.files import fingerprint
 from src.image_encoder import ImageEncoder
+from src.index import ImageIndex
 from src.model import DualEncoder, ModelConfig
 from src.pixels import PixelStore
 from src.retrieval import embed_images, evaluate_retrieval
@@ -84,6 +92,8 @@ def worker(folder: Path, chunk_size: int | None) -> None:
     rows = torch.full((rank() + 1, 2), float(rank()))
     gathered = gather_rows(rows, [i + 1 for i in range(world_size())])
     assert gathered[:, 0].tolist() == [float(i) for i in range(world_size()) for _ in range(i + 1)]
+    assert gather_objects(f"from {rank()}") == [f"from {i}" for i in range(world_size())]
+    assert from_first({"number": rank()}) == {"number": 0}
     torch.save(one_step(chunk_size), folder / f"{rank()}.pt")
     model = ImageEncoder("efficientnet-b0", 32).train()
     model(torch.randn(4, 3, 32, 32) + rank())  # statistics of its own share …
@@ -149,12 +159,83 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     assert "src/" not in ran.stderr
 
 
+# search.py with batches and pauses between saves of another size, in float32 as in all tests.
+SEARCH = """
+import sys
+import search, src.indexing, src.runtime
+from src.errors import run_script
+src.runtime.cpu_has_bfloat16 = lambda: False
+src.indexing.BATCH_SIZE, src.indexing.SAVE_SECONDS = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+run_script(search.main)
+"""
+
+
+def search_in_two(flags: list[str], *, batch_size: int = 64, save_seconds: float = 30.0
+                  ) -> subprocess.CompletedProcess:
+    """`torchrun search.py …` in two processes."""
+    return torchrun("--no-python", sys.executable, "-c", SEARCH, str(batch_size), str(save_seconds),
+                    *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model of random numbers and 150 photos, two of them unreadable; the flags of a search."""
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = Tokenizer.from_captions(["a red thing"], 1, 6)
+    torch.manual_seed(0)
+    save_checkpoint(folder / "best.pth", DualEncoder(ModelConfig(len(tokenizer), image_size=32)),
+                    tokenizer, epoch=1, args={})
+    for i in range(150):
+        path = folder / "photos" / ("sub" if i % 3 else "") / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(noise).save(path)
+    (folder / "photos" / "003.png").write_text("no picture")  # in the share of process 0 …
+    cut = folder / "photos" / "sub" / "149.png"  # … and of process 1
+    cut.write_bytes(cut.read_bytes()[:200])
+    return ["a red thing", "--json", "--device", "cpu", "--checkpoint", str(folder / "best.pth"),
+            "--images", str(folder / "photos")]
+
+
+def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
+    """Two processes over uneven batches: names, embeddings, what could not be read and the answer
+    are those of one alone. Process 0 alone speaks, also where nothing is new any more."""
+    one, two = ([*trained, "--index-dir", str(tmp_path / name)] for name in ("one", "two"))
+    runs = [search_in_two(two), search_in_two(two)]
+    assert search.main(one) == 0
+    told = capsys.readouterr()
+    checkpoint = fingerprint(Path(trained[trained.index("--checkpoint") + 1]))
+    expected, found = (ImageIndex.load(tmp_path / name, checkpoint, 256) for name in ("one", "two"))
+    assert len(expected.names) == 148 and set(expected.failed) == {"003.png", "sub/149.png"}
+    assert (found.names, found.signatures, found.failed) == (
+        expected.names, expected.signatures, expected.failed)
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-5)
+    paths = [result["path"] for result in json.loads(told.out)["results"]]
+    for ran in runs:
+        assert ran.returncode == 0, ran.stderr
+        assert [result["path"] for result in json.loads(ran.stdout)["results"]] == paths
+        assert ran.stderr.count("003.png: not a picture") == 1
+
+
+def test_a_failed_search_ends_all_its_processes(tmp_path, trained):
+    """Before there is work for the others, and between two batches: one message, no traceback."""
+    nowhere = search_in_two([*trained[:-1], str(tmp_path / "nowhere")])
+    (tmp_path / "index" / "index.json").mkdir(parents=True)  # so that no index can be written
+    unwritten = search_in_two([*trained, "--index-dir", str(tmp_path / "index")], batch_size=8,
+                              save_seconds=-1.0)
+    for ran, message in ((nowhere, "there is no folder"), (unwritten, "cannot write")):
+        assert ran.returncode != 0 and ran.stdout == ""
+        assert ran.stderr.count("error: ") == ran.stderr.count(f"error: {message}") == 1, ran.stderr
+        assert "src/" not in ran.stderr
+
+
 def test_alone_nothing_is_sent():
     """Without torchrun there is a world of one, in which rows and flags come back as they are."""
     rows = torch.randn(3, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert gather_rows(rows, [3]) is rows
     assert any_process(True) and not any_process(False)
+    assert gather_objects("x") == ["x"] and from_first("x") == "x"
     assert shares(5) == [range(5)]
 
 
