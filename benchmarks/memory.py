@@ -48,7 +48,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunked-batch", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--chunk-size", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=128,
+    parser.add_argument("--image-size", type=int, default=96,
                         help="of the large batch (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="JPEGs, repeated to size (default: generated)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
