@@ -153,7 +153,9 @@ def _exchange(collective: Callable, *args: Any) -> None:
     try:
         collective(*args)
     except RuntimeError as error:
-        if rank() > 0:
+        first = rank() == 0
+        end_processes()
+        if not first:
             sys.exit(1)
         raise UserError("another process of this run has ended before its work was done; start it "
                         "again", status=1) from error

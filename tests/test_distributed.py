@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import make_tiny_data
 from PIL import Image
 
 import search
+import src.runtime
 import train
 from src.annotations import ImageRecord
 from src.checkpoint import save_checkpoint
@@ -218,15 +220,35 @@ def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
 
 
 def test_a_failed_search_ends_all_its_processes(tmp_path, trained):
-    """Before there is work for the others, and between two batches: one message, no traceback."""
-    nowhere = search_in_two([*trained[:-1], str(tmp_path / "nowhere")])
-    (tmp_path / "index" / "index.json").mkdir(parents=True)  # so that no index can be written
-    unwritten = search_in_two([*trained, "--index-dir", str(tmp_path / "index")], batch_size=8,
-                              save_seconds=-1.0)
-    for ran, message in ((nowhere, "there is no folder"), (unwritten, "cannot write")):
-        assert ran.returncode != 0 and ran.stdout == ""
-        assert ran.stderr.count("error: ") == ran.stderr.count(f"error: {message}") == 1, ran.stderr
-        assert "src/" not in ran.stderr
+    """Between two batches: one message, no traceback, no answer."""
+    (tmp_path / "index.json").mkdir()  # so that no index can be written
+    ran = search_in_two([*trained, "--index-dir", str(tmp_path)], batch_size=8, save_seconds=-1.0)
+    assert ran.returncode != 0 and ran.stdout == ""
+    assert ran.stderr.count("error: ") == ran.stderr.count("error: cannot write") == 1, ran.stderr
+    assert "src/" not in ran.stderr
+
+
+def test_the_others_end_by_themselves(tmp_path, trained):
+    """Process 0 fails while another waits for its work: that one ends, too, with nobody to kill it,
+    and leaves the message to process 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "search.py", *trained[:-1], str(tmp_path / "nowhere"),
+               "--index-dir", str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(number)},
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for number in range(2)]
+    try:
+        told = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 1], told
+    assert told[0][1].startswith("error: there is no folder of photos")
+    assert told[0][0] == told[1][0] == "" and "rror" not in told[1][1], told
 
 
 def test_alone_nothing_is_sent():
@@ -251,4 +273,5 @@ def test_shares_differ_by_at_most_one(monkeypatch, count, world):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    src.runtime.cpu_has_bfloat16 = lambda: False  # as in all tests
     worker(Path(sys.argv[1]), int(sys.argv[2]) or None)
