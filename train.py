@@ -68,6 +68,7 @@ from src.retrieval import evaluate_retrieval
 from src.run_state import RunState, compare_flags, load_run
 from src.runtime import (
     compute_deterministically,
+    compute_dtype,
     grad_scaler,
     keep_freed_memory,
     out_of_memory_told,
@@ -143,7 +144,8 @@ def train(
     print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
           f"{n_parameters / 1e6:.1f} M parameters, on {device}")
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
-    run = RunState(model, tokenizer, optimizer, grad_scaler(device), plain(args),
+    dtype = compute_dtype(device, args.precision)
+    run = RunState(model, tokenizer, optimizer, grad_scaler(device, dtype), plain(args),
                    {"train": train_set.digest(), "validation": val_set.digest()})
     if earlier:
         run.restore(earlier[2], results.last)
@@ -171,8 +173,8 @@ def train(
             for progress in train_one_epoch(
                 model, its_train_set, optimizer, scheduler, run.scaler, progress=run.progress,
                 batch_size=args.batch_size, captions_per_image=args.captions_per_image,
-                flip=args.flip, seed=args.seed, epoch=epoch, chunk_size=args.chunk_size,
-                freeze_batchnorm=args.freeze_batchnorm,
+                flip=args.flip, seed=args.seed, epoch=epoch, dtype=dtype,
+                chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
             ):
                 run.progress = progress
                 stop = any_process(request.signal is not None)
@@ -214,7 +216,8 @@ def open_sets(
     for split, dataset in zip(("train", "validation"), sets, strict=True):
         print(f"{split}: {len(dataset.records):,} photos, {len(dataset):,} captions")
         if len(dataset.records) < 2:
-            raise UserError(f"{len(dataset.records)} photos are too few for {split}; it takes 2")
+            raise UserError(f"{len(dataset.records)} photos are too few for {split}; it takes 2: "
+                            "bring more, or divide them otherwise with --val-fraction")
     return *sets, tokenizer
 
 

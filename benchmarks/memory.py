@@ -31,7 +31,7 @@ from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
 from src.pixels import PixelStore, store_size
 from src.retrieval import embed_images, embed_tokens
-from src.runtime import grad_scaler, keep_freed_memory, pick_device, seed_all
+from src.runtime import compute_dtype, grad_scaler, keep_freed_memory, seed_all
 from src.tokenizer import Tokenizer
 
 TIMES = (1, 3, 10)
@@ -40,6 +40,7 @@ STAGES = {"read captions": 3_178, "vocabulary and tokens": 3_178, "score": 500,
           "decode into the store": 200, "train an epoch": 200, "embed photos": 200}
 SMALL = 64  # side of the pictures that are trained on here
 N_FLICKR30K = 31_783
+CPU = torch.device("cpu")
 
 
 def main() -> int:
@@ -140,8 +141,8 @@ def prepare(args: argparse.Namespace, count: int, folder: Path) -> Callable[[], 
     optimizer = build_optimizer(model, 1e-4, 0.01)
     return lambda: list(train_one_epoch(
         model, dataset, optimizer, build_schedule(optimizer, 0, 1, "constant"),
-        grad_scaler(pick_device("cpu")), batch_size=64, captions_per_image=5, flip=True, seed=0,
-        epoch=1))
+        grad_scaler(CPU), batch_size=64, captions_per_image=5, flip=True, seed=0, epoch=1,
+        dtype=compute_dtype(CPU)))
 
 
 def one_step(args: argparse.Namespace) -> Callable[[], object]:
@@ -161,8 +162,8 @@ def one_step(args: argparse.Namespace) -> Callable[[], object]:
         model = DualEncoder(ModelConfig(10_000, image_size=args.image_size)).train()
         optimizer = build_optimizer(model, 1e-4, 0.01)
         for number in range(2):
-            backward(model, grad_scaler(pick_device("cpu")), batch, flip=True, key=(0, number),
-                     chunk_size=args.chunk_size)
+            backward(model, grad_scaler(CPU), batch, flip=True, key=(0, number),
+                     dtype=compute_dtype(CPU), chunk_size=args.chunk_size)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -29,7 +29,7 @@ from src.feed import keep_on_device
 from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
 from src.pixels import PixelStore
-from src.runtime import grad_scaler, keep_freed_memory, pick_device, seed_all
+from src.runtime import compute_dtype, grad_scaler, keep_freed_memory, pick_device, seed_all
 from src.tokenizer import Tokenizer
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
@@ -133,12 +133,16 @@ def ours(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: 
     dataset.epoch = lambda *_: batches
     optimizer = build_optimizer(model, LR, weight_decay=0.01)
     scheduler = build_schedule(optimizer, 0, steps, "constant")
-    scaler = grad_scaler(model.logit_scale.device)
+    device = model.logit_scale.device
+    dtype = compute_dtype(device)
+    scaler = grad_scaler(device, dtype)
     warm_up(model, dataset, batches[0])
     sums, progress = [], None
     start = time.perf_counter()
-    for progress in train_one_epoch(model, dataset, optimizer, scheduler, scaler, flip=False,
-                                    batch_size=batch_size, captions_per_image=1, seed=0, epoch=1):
+    for progress in train_one_epoch(
+        model, dataset, optimizer, scheduler, scaler, batch_size=batch_size, captions_per_image=1,
+        flip=False, seed=0, epoch=1, dtype=dtype,
+    ):
         sums.append(progress.loss_sum.clone())
     total = torch.stack(sums).cpu()  # waits for the device
     seconds = time.perf_counter() - start
@@ -150,12 +154,14 @@ def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_si
     """Our step, again and again on one batch: what is left of an epoch without its input."""
     items = [(i, dataset.first_caption[i : i + 1].numpy()) for i in range(batch_size)]
     optimizer = build_optimizer(model, LR, weight_decay=0.01)
-    scaler = grad_scaler(model.logit_scale.device)
+    device = model.logit_scale.device
+    dtype = compute_dtype(device)
+    scaler = grad_scaler(device, dtype)
     warm_up(model, dataset, items)
-    batch = dataset.batch(items).to(model.logit_scale.device)
+    batch = dataset.batch(items).to(device)
     start = time.perf_counter()
     for step in range(steps):
-        loss = backward(model, scaler, batch, flip=False, key=(0, 1, step))
+        loss = backward(model, scaler, batch, flip=False, key=(0, 1, step), dtype=dtype)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -169,7 +175,7 @@ def warm_up(model: DualEncoder, dataset: Flickr30kDataset, items: list) -> None:
     device = model.logit_scale.device
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     backward(model.train(), grad_scaler(device), dataset.batch(items).to(device), flip=False,
-             key=(0,))
+             key=(0,), dtype=compute_dtype(device))
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
 

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from src.augment import IMAGENET_MEAN, IMAGENET_STD
 from src.errors import UserError
 from src.files import sync_folder
@@ -34,6 +36,18 @@ def save_checkpoint(
         "config": asdict(model.config),
         **extra,
     })
+
+
+def _check_shapes(config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError where the weights are not the model's, before any memory is taken for it.
+
+    The file may be a stranger's, and its config ask for a vocabulary of 10^12 words.
+    """
+    with torch.device("meta"):
+        expected = DualEncoder(config).state_dict()
+    for name, tensor in expected.items():
+        if getattr(state.get(name), "shape", None) != tensor.shape:
+            raise ValueError(f"{name} is not of shape {tuple(tensor.shape)}")
 
 
 def rotate_checkpoint(
@@ -83,7 +97,9 @@ def load_checkpoint(path: Path) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]
         kind = content.get("kind", "no checkpoint of this project")
         raise UserError(f"{path} holds {kind}; a checkpoint written by train.py is needed")
     try:
-        model = DualEncoder(ModelConfig(**content["config"]))
+        config = ModelConfig(**content["config"])
+        _check_shapes(config, content["model_state"])
+        model = DualEncoder(config)
         model.load_state_dict(content["model_state"])
         tokenizer = Tokenizer(content["vocab"], model.config.context_length)
         if not isinstance(content.get("args", {}), dict):

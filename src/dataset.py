@@ -49,7 +49,7 @@ def open_source(
         UserError: nothing at one of the paths, or no photo of the caption file among `images`.
     """
     for path, what in ((annotations, "caption file"), (images, "folder of photos")):
-        if not path.exists():
+        if not os.path.exists(path):  # not Path.exists, which raises in a closed folder
             raise UserError(
                 f"there is no {what} at {path}\n"
                 "  Flickr30k goes here:  data/flickr30k/images/*.jpg\n"
@@ -61,7 +61,10 @@ def open_source(
         raise UserError(f"{images} is not a folder of photos")
     read = read_annotations(annotations)
     names = {record.name for record in read.records}
-    present = _present(images, names)
+    try:
+        present = _present(images, names)
+    except OSError as error:
+        raise UserError(f"cannot look into {images}: {error.strerror}") from error
     missing = [Remark(str(images), record.name, "no such photo")
                for record in read.records if record.name not in present]
     if not names & present:

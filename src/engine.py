@@ -63,6 +63,7 @@ def train_one_epoch(
     flip: bool,
     seed: int,
     epoch: int,
+    dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     freeze_batchnorm: bool = False,
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def train_one_epoch(
         captions_per_image: captions that each photo of a batch brings.
         flip: mirror half of the photos.
         seed, epoch: with the step's number the source of all randomness.
+        dtype: of products and convolutions, as `compute_dtype` gives it.
         chunk_size: photos in memory at a time, None for the whole batch; see `backward`.
         freeze_batchnorm: normalise with the running statistics, and leave them as they are.
         progress: where the epoch was left, if it was.
@@ -97,8 +99,8 @@ def train_one_epoch(
               disable=None if rank() == 0 else True, file=sys.stderr) as bar:
         for batch in feed(dataset, batches[progress.step :], device):
             progress.waited += time.perf_counter() - asked
-            loss = backward(model, scaler, batch, flip=flip, chunk_size=chunk_size,
-                            key=(seed, epoch, progress.step))
+            loss = backward(model, scaler, batch, flip=flip, key=(seed, epoch, progress.step),
+                            dtype=dtype, chunk_size=chunk_size)
             here = torch.stack([torch.full_like(loss, progress.step),
                                 torch.full_like(loss, scheduler.get_last_lr()[0]),
                                 model.logit_scale.detach()])
@@ -126,7 +128,7 @@ def train_one_epoch(
 
 def backward(
     model: DualEncoder, scaler: torch.amp.GradScaler, batch: Batch, *, flip: bool,
-    key: tuple[int, ...], chunk_size: int | None = None,
+    key: tuple[int, ...], dtype: torch.dtype = torch.float32, chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Add the gradients of a batch's loss to the parameters', over all processes.
 
@@ -140,6 +142,7 @@ def backward(
         scaler: scales the loss where half precision needs it.
         flip: mirror half of the photos.
         key: seeds all that is random.
+        dtype: of products and convolutions.
         chunk_size: photos in memory at a time; None for all at once.
 
     Returns:
@@ -157,7 +160,7 @@ def backward(
         images = batch.images[photos]
         if images.ndim == 4:
             images = train_view(images, model.config.image_size, places[photos])
-        with autocast(images.device):
+        with autocast(images.device, dtype):
             return model(images, batch.tokens[captions])
 
     at_once = len(pieces) == 1

@@ -18,7 +18,7 @@ from src.distributed import rank
 from src.errors import UserError
 from src.files import exclusive_lock, write_atomic
 from src.image_encoder import ImageEncoder
-from src.runtime import autocast
+from src.runtime import autocast, compute_dtype
 
 BATCH_SIZE = 128
 SAVE_BATCHES = 16  # some minutes of a slow machine: what an interruption costs
@@ -84,7 +84,7 @@ def _compute(path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> No
             photos = np.arange(start, min(start + BATCH_SIZE, count))
             images = eval_view(dataset.pixels(photos).to(device),
                                encoder.image_size)
-            with autocast(device, training=False):
+            with autocast(device, compute_dtype(device)):
                 features[photos] = encoder(images).float().cpu().numpy()
             start += len(photos)
             bar.update(len(photos))

@@ -15,6 +15,7 @@ from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding, url_map
 from torch import nn
 
+from src.depthwise import depthwise
 from src.errors import UserError
 from src.tensor_file import load_tensors
 
@@ -50,6 +51,8 @@ class ImageEncoder(nn.Module):
         for block in self.backbone._blocks:
             block._swish = nn.SiLU()
         _fold_padding(self.backbone)
+        for block in self.backbone._blocks:
+            block._depthwise_conv.__class__ = _DepthwiseConv
         self.to(memory_format=torch.channels_last)  # convolutions run 2-3 times as fast on the CPU
 
     @property
@@ -94,6 +97,14 @@ class ImageEncoder(nn.Module):
                 "--image-encoder"
             )
         self.backbone.load_state_dict(state)
+
+
+class _DepthwiseConv(Conv2dStaticSamePadding):
+    """The package's depthwise convolution, by kernels that are fast in bfloat16 on CPUs too."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = self.static_padding(images)
+        return depthwise(images, self.weight, self.stride[0], self.padding[0])
 
 
 def _fold_padding(backbone: EfficientNet) -> None:

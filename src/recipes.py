@@ -15,6 +15,7 @@ from src.cli import (
     positive_int,
 )
 from src.image_encoder import IMAGE_ENCODERS
+from src.runtime import PRECISIONS
 
 RECIPES = {
     # The stated one: fine-tune everything at one small rate.
@@ -96,6 +97,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps "
                          "(default: %(default)s)")
+    machine.add_argument("--precision", choices=PRECISIONS, default="auto",
+                         help="of products and convolutions in training; auto: bfloat16 where the "
+                         "device has it (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
                          help="train each process's batch in pieces of this size: the same "
                          "gradient in less memory, for a second pass forward (default: off)")

@@ -13,7 +13,7 @@ from src.augment import eval_view
 from src.distributed import gather_rows, rank, shares
 from src.metrics import retrieval_metrics
 from src.model import DualEncoder
-from src.runtime import autocast
+from src.runtime import autocast, compute_dtype
 
 if TYPE_CHECKING:  # for the annotation alone; a search does not need that room
     from src.dataset import Flickr30kDataset
@@ -31,7 +31,7 @@ def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
     images = pixels.to(device, non_blocking=True)
     if images.ndim == 4:
         images = eval_view(images, model.config.image_size)
-    with autocast(device, training=False):
+    with autocast(device, compute_dtype(device)):
         return model.encode_image(images).cpu()
 
 

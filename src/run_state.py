@@ -14,6 +14,7 @@ from src.cli import Results
 from src.engine import Progress
 from src.errors import UserError
 from src.model import DualEncoder
+from src.tensor_file import load_tensors
 from src.tokenizer import Tokenizer
 
 # What a resumed run may be given anew: where things are and what the machine can bear …
@@ -80,12 +81,12 @@ class RunState:
         )
 
     def save_best(self, results: Results) -> None:
-        """Write the best checkpoint; the first of a new run does not cost an earlier run's its own.
+        """Write the best checkpoint; the first of a new run puts an earlier run's aside.
 
         Raises UserError as `save`.
         """
         content = self._content()
-        if len(self.log) == 1 and results.best.exists():
+        if len(self.log) == 1 and results.best.exists() and not _is_of(results.best, content):
             results.best.replace(results.earlier)
         save_checkpoint(results.best, self.model, self.tokenizer, **content)
 
@@ -118,6 +119,15 @@ class RunState:
         self.scaler.load_state_dict(content["scaler_state"])
         self.log = content["log"]
         self.progress = Progress(**content["progress"]) if content["progress"] else None
+
+
+def _is_of(best: Path, content: dict[str, Any]) -> bool:
+    """Whether a best checkpoint is of this very epoch: a run was killed just after writing it."""
+    try:
+        earlier = load_tensors(best)
+    except UserError:
+        return False
+    return all(earlier.get(part) == content[part] for part in ("epoch", "metrics"))
 
 
 def load_run(results: Results) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:

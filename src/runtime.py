@@ -38,15 +38,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def compute_dtype(device: torch.device, training: bool = True) -> torch.dtype:
-    """The type that matrix products and convolutions run in.
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-    bfloat16 on GPUs that have it (Ampere and later), float16 on older ones. CPUs train in float32,
-    since bfloat16 has no fast way back through depthwise convolutions there, and embed in bfloat16
-    where the processor has instructions for it, twice as fast. float32 elsewhere.
+
+def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """The type that matrix products and convolutions run in; weights and sums are float32.
+
+    Args:
+        precision: one of PRECISIONS; 'auto' is bfloat16 on GPUs and CPUs that have instructions for
+            it, float16 on older CUDA GPUs, float32 elsewhere.
     """
+    if PRECISIONS[precision]:
+        return PRECISIONS[precision]
     if device.type == "cpu":
-        return torch.bfloat16 if not training and cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -75,16 +80,17 @@ def keep_freed_memory() -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD: … which grows by 64 MB
 
 
-def autocast(device: torch.device, training: bool = True) -> torch.autocast:
-    """Mixed precision for `device`; a context that does nothing where it computes in float32."""
-    dtype = compute_dtype(device, training)
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision in `dtype`; a context that does nothing where that is float32."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
-def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
+def grad_scaler(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.amp.GradScaler:
     """Loss scaling, which only float16's narrow range needs; it passes everything on elsewhere."""
-    return torch.amp.GradScaler(device.type, enabled=compute_dtype(device) == torch.float16)
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def seed_all(*key: int | str) -> None:

@@ -24,10 +24,12 @@ settings.load_profile("suite")
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def float32() -> Iterator[None]:
     """Every processor computes in float32, so that the tests see the same numbers everywhere."""
-    monkeypatch.setattr("src.runtime.cpu_has_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("src.runtime.cpu_has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture()

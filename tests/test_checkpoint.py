@@ -147,6 +147,7 @@ def test_code_in_a_file_is_not_run(saved):
     ("vocab", {"<pad>": 0, "<unk>": 1, "dog": 5}), ("vocab", {"<pad>": 0, "<unk>": 1}),
     ("config", {"vocab_size": 3}), ("config", {"words": 3}), ("model_state", {"x": 1}),
     ("config", {"vocab_size": 10, "image_encoder": "resnet50"}), ("args", ["lr"]),
+    ("config", {"vocab_size": 10**12}), ("config", {"vocab_size": 10, "token_dim": 10**14}),
 ], ids=str)
 def test_damaged_parts(saved, part, value):
     """A part that is missing or does not fit the others is told, not met later as a crash."""

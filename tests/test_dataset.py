@@ -232,8 +232,8 @@ def test_the_vocabulary_never_sees_validation_words(tiny_data: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("name", [
-    "x" * 300 + ".jpg", "sub/" + "x" * 300 + ".jpg", "sub/" * 2000 + "x.jpg", "sub", "sub/.", ".",
-    "1000.png/x.jpg", "\ufffd.jpg", "sub/\x85.jpg",
+    "x" * 300 + ".jpg", "sub/" + "x" * 300 + ".jpg", "sub/" * 2000 + "x.jpg", "sub", "sub/.",
+    "1000.png/x.jpg",
 ])
 def test_names_that_no_file_can_have_are_missing_photos(
     tiny_data: tuple[Path, Path], name: str

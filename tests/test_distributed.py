@@ -134,7 +134,8 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
     flags = ["--images", str(images), "--annotations", str(annotations), "--val-fraction", "0.25",
              "--image-size", "32", "--embed-dim", "16", "--token-dim", "24", "--weights", "none",
              "--batch-size", "5", "--device", "cpu", "--lr", "1e-4", "--epochs", "2", "--dropout",
-             "0", "--drop-connect", "0", "--freeze-batchnorm", "--captions-per-image", "2"]
+             "0", "--drop-connect", "0", "--freeze-batchnorm", "--captions-per-image", "2",
+             "--precision", "float32"]
     ran = torchrun("train.py", *flags, "--results-dir", str(tmp_path / "two"))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("epoch 1: loss") == 1 and ran.stdout.count("train: 9 photos") == 1

@@ -12,6 +12,7 @@ import torch
 from src import runtime
 from src.errors import UserError
 from src.runtime import (
+    PRECISIONS,
     autocast,
     compute_dtype,
     cpu_has_bfloat16,
@@ -58,11 +59,11 @@ def test_devices_that_are_not_here_are_refused(name):
     assert f"--device {name}" in str(caught.value)
 
 
-def test_the_cpu_computes_in_float32():
-    """On the CPU autocast and loss scaling are there and do nothing."""
-    assert compute_dtype(CPU) == torch.float32
+def test_float32_is_left_alone():
+    """In float32 autocast and loss scaling are there and do nothing."""
+    assert compute_dtype(CPU, "float32") == torch.float32
     a, b = torch.rand(8, 8), torch.rand(8, 8)
-    with autocast(CPU):
+    with autocast(CPU, torch.float32):
         assert not torch.is_autocast_enabled("cpu")
         mixed = a @ b
     assert mixed.dtype == torch.float32
@@ -127,8 +128,8 @@ def test_what_the_host_cannot_give_is_out_of_memory():
     ("flags : fpu avx512f avx512_bf16 sse", torch.bfloat16), ("flags : amx_bf16", torch.bfloat16),
     ("flags : fpu avx2 avx512f", torch.float32), (None, torch.float32),
 ])
-def test_a_cpu_embeds_in_bfloat16_where_it_has_it(monkeypatch, flags, expected):
-    """The processor's own list decides; without one, and for training, it is float32."""
+def test_a_cpu_computes_in_bfloat16_where_it_has_it(monkeypatch, flags, expected):
+    """The processor's own list decides, float32 without one; what the user says beats it."""
     def read(path, **_):
         if flags is None:
             raise FileNotFoundError(path)
@@ -136,9 +137,10 @@ def test_a_cpu_embeds_in_bfloat16_where_it_has_it(monkeypatch, flags, expected):
 
     monkeypatch.setattr(runtime.Path, "read_text", read)
     monkeypatch.setattr(runtime, "cpu_has_bfloat16", cpu_has_bfloat16.__wrapped__)
-    assert compute_dtype(CPU, training=False) == expected
-    assert compute_dtype(CPU) == torch.float32
-    with autocast(CPU, training=False):
+    assert compute_dtype(CPU) == expected
+    for precision, dtype in PRECISIONS.items():
+        assert compute_dtype(CPU, precision) == (dtype or expected)
+    with autocast(CPU, expected):
         assert torch.is_autocast_enabled("cpu") == (expected == torch.bfloat16)
 
 

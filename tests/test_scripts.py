@@ -24,6 +24,7 @@ from src.files import only_writer
 from src.image_file import load_image
 from src.model import DualEncoder, ModelConfig
 from src.recipes import RECIPES
+from src.run_state import RunState
 from src.runtime import seed_all
 
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"
@@ -313,6 +314,26 @@ def test_a_new_run_keeps_the_best_of_the_one_before(run, stubs):
     run("again", "--lr", "1e-4", epochs=2)
     assert (results / "models/flickr30k_clip_best_earlier.pth").read_bytes() == first
     assert load(results / BEST)["metrics"]["rsum"] == 2
+
+
+def test_killed_between_its_two_files_a_run_keeps_the_earlier_best(run, straight, monkeypatch):
+    """Cut off when the first epoch's best is written and the newest checkpoint is not: resumed, the
+    run does not take its own best for an earlier run's."""
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        original = RunState.save_best
+
+        def save_best(self, results):
+            original(self, results)
+            raise PowerCut
+
+        patch.setattr(RunState, "save_best", save_best)
+        run("between", "--save-every", "0", epochs=2)
+    results = run.folder / "between"
+    assert (results / BEST).exists() and load(results / LAST)["epoch"] == 0
+    (results / "models/flickr30k_clip_best_earlier.pth").write_bytes(b"of the run before")
+    run.resume("between")
+    assert_same_run(results, straight)
+    assert (results / "models/flickr30k_clip_best_earlier.pth").read_bytes() == b"of the run before"
 
 
 def test_resume_takes_the_rate_and_decay_that_it_is_given(run, stubs, capsys):
