@@ -80,7 +80,8 @@ def test_peak_memory_sees_what_was_freed() -> None:
     with PeakMemory() as peak:
         before = peak.bytes
         # Pages of its own: the C library may have kept some that earlier tests freed.
-        block = np.frombuffer(mmap.mmap(-1, 200_000_000), np.uint8)
+        block = np.frombuffer(mmap.mmap(
+            -1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         block[:] = 1
         tries = 0
         while peak.bytes - before < 150_000_000 and tries < 10_000:  # the watcher's turn will come
