@@ -87,7 +87,7 @@ def print_metrics(line: dict, is_best: bool = False) -> None:
         for label, direction in (("text->image", "text_to_image"), ("image->text", "image_to_text"))
     )
     print(f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   rsum {metrics['rsum']:.1f}"
-          f"   {times['seconds']:.0f} s, {times['wait_share']:.1%} of it waiting for data"
+          f"   {times['seconds']:.0f} s ({times['wait_share']:.1%} waiting for data)"
           + ("   (best)" if is_best else ""))
 
 

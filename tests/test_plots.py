@@ -184,7 +184,7 @@ def test_an_epoch_is_one_line(capsys, is_best):
     assert out.count("\n") == 1
     for part in ("epoch 2: loss 2.000", "text->image R@1/5/10 23.0 / 27.0 / 32.0, median rank 32",
                  "image->text R@1/5/10 3.0 / 7.0 / 12.0, median rank 30", "rsum 123.4",
-                 "12 s, 1.2% of it waiting for data"):
+                 "12 s (1.2% waiting for data)"):
         assert part in out
     assert out.endswith("(best)\n") == is_best
 
