@@ -29,13 +29,13 @@ RECIPES = {
 # Heads first, on frozen features, then everything: what is new at a rate of its own, the image
 # encoder at the stated one. benchmarks/quality.md holds what was tried, and what paid.
 RECIPES["strong"] = RECIPES["seed"] | dict(
-    word_dropout=0.3, epochs=15, batch_size=128, captions_per_image=5, lr=5e-4,
+    word_dropout=0.3, drop_connect=0.0, epochs=15, batch_size=128, captions_per_image=5, lr=5e-4,
     image_encoder_lr=2e-5, schedule="cosine", warmup_steps=20, head_epochs=5, freeze_batchnorm=True,
 )
 # From random weights, on pictures of 64 pixels: another task than fine-tuning.
 RECIPES["demo"] = RECIPES["seed"] | dict(
     weights="none", image_size=64, epochs=10, lr=3e-3, schedule="cosine", warmup_steps=20,
-    captions_per_image=5, flip=False, min_freq=1, drop_connect=0.0,
+    captions_per_image=5, flip=False, min_freq=1, drop_connect=0.0, word_dropout=0.1,
 )
 
 
