@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 evaluate.py
 
 Unique photos against all their captions; image-to-text counts the best of a photo's captions; ties
-count against the model; float32. Data and split default to those of the training run.
+count against the model; scores in float32. Data and split default to those of the training run.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def open_split(
     )
     dataset = Flickr30kDataset(records, store, tokenizer)
     if rank() == 0:
-        print(write_rejected(results.folder / "rejected.csv", source, store, dataset))
+        print(write_rejected(results.folder / f"rejected_{args.split}.csv", source, store, dataset))
     if args.strict:
         check_strict(remarks_of(source, store))
     if not dataset.records:

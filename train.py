@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -97,8 +98,10 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, tuple | None
     args = parser.parse_args(argv)
     if not args.resume:
         return args, None
-    earlier = load_run(resolve_results(args))
-    parser.set_defaults(**earlier[2]["args"])
+    results = resolve_results(args)
+    earlier = load_run(results)
+    # The run's flags, but for its place: the folder may have been moved since.
+    parser.set_defaults(**{**earlier[2]["args"], "results_dir": results.folder})
     args = parser.parse_args(argv)
     compare_flags(plain(args), earlier[2]["args"])
     return args, earlier
@@ -120,9 +123,6 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device)
         if args.deterministic:
             compute_deterministically()
-        if args.batch_size < world_size():
-            raise UserError(f"--batch-size {args.batch_size} leaves some of {world_size()} "
-                            "processes without a photo")
         if rank() == 0:
             prepare_results(results.folder)
             prepare_demo(args, data)
@@ -139,6 +139,7 @@ def train(
 ) -> int:
     """Wire the rooms, loop over the epochs, keep the best. Returns the exit status."""
     train_set, val_set, tokenizer = open_sets(args, data, results)
+    check_batch(args, len(train_set.records), device)
     model = share_batchnorm((earlier[0] if earlier else build_model(args, tokenizer)).to(device))
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
@@ -153,16 +154,20 @@ def train(
         print(f"resumed after epoch {len(run.log)}{step}")
     # Steps an epoch are all but the same in every epoch, since the batches are full.
     n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
+    head_epochs = 0 if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule,
-                               done_steps=run.steps, restart_at=args.head_epochs * n_steps)
+                               done_steps=run.steps, restart_at=head_epochs * n_steps)
     if rank() == 0:
+        if not earlier:
+            results.put_aside()
         write_atomic(results.folder / "args.json", json.dumps(run.flags, indent=2).encode())
 
     @cache
     def sets(frozen: bool) -> tuple[Flickr30kDataset, Flickr30kDataset]:
         if frozen:
-            return tuple(each.holding(frozen_features(data.cache, model.image_encoder, each))
-                         for each in (train_set, val_set))
+            return tuple(
+                each.holding(frozen_features(data.cache, model.image_encoder, each, dtype))
+                for each in (train_set, val_set))
         return keep_on_device(train_set, device), val_set
 
     with stop_on_request() as request:
@@ -221,6 +226,18 @@ def open_sets(
     return *sets, tokenizer
 
 
+def check_batch(args: argparse.Namespace, n_photos: int, device: torch.device) -> None:
+    """Raise UserError where the processes cannot share a batch."""
+    batch_size = min(args.batch_size, n_photos)
+    if batch_size < world_size():
+        raise UserError(f"a batch of {batch_size} photos leaves some of {world_size()} processes "
+                        "without one: choose a larger --batch-size or fewer processes")
+    if args.chunk_size and device.type == "cuda" and batch_size % world_size():
+        # Pieces would differ in number, and BatchNorm over the processes would wait for ever.
+        raise UserError(f"with --chunk-size a batch of {batch_size} photos must divide by "
+                        f"{world_size()} processes: choose another --batch-size")
+
+
 def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     """A fresh model; the same seed starts from the same weights."""
     seed_all(args.seed, "weights")
@@ -237,10 +254,10 @@ def keep(run: RunState, results: Results, is_best: bool) -> None:
     """Write what a finished epoch leaves: checkpoints, log, curves, and a line on the screen."""
     if is_best:
         run.save_best(results)
-    run.save(results)
     write_atomic(results.folder / "log.jsonl",
                  "".join(json.dumps(line) + "\n" for line in run.log).encode())
     plot_curves(results.folder / "curves.png", run.log)
+    run.save(results)  # last: a run killed before it goes through all of this again
     print_metrics(run.log[-1], is_best)
 
 
@@ -248,10 +265,12 @@ def stopped(
     signal: Signals | None, epoch: int, run: RunState, args: argparse.Namespace
 ) -> int:
     """Say that the run was saved and how it goes on; returns the exit status of a signal."""
+    launcher = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
     place = " --demo" if args.demo else ""
-    place += f" --results-dir {args.results_dir}" if args.results_dir else ""
-    print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; it goes on with\n"
-          f"    python train.py --resume{place}", file=sys.stderr)
+    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
+    if rank() == 0:
+        print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; it goes on "
+              f"with\n    {launcher} train.py --resume{place}", file=sys.stderr)
     return 128 + (signal or Signals.SIGTERM)
 
 

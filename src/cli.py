@@ -44,6 +44,12 @@ class Results:
         """The best checkpoint of the run before this one."""
         return self.folder / "models" / "flickr30k_clip_best_earlier.pth"
 
+    def put_aside(self) -> None:
+        """Before a new run: what an earlier one could be resumed from is no longer the newest."""
+        if self.last.exists():
+            self.last.replace(self.last.with_name("flickr30k_clip_last_earlier.pth"))
+        self.previous.unlink(missing_ok=True)
+
     @property
     def exported(self) -> Path:
         """The exported image encoder."""
@@ -189,6 +195,8 @@ def recall_arguments(
     defaults = {name: trained.get(name) for name in ("seed", "val_fraction", "max_images")}
     if not any(getattr(given, name, None) for name in places):
         defaults |= {name: Path(trained[name]) for name in places if trained.get(name)}
+        if trained.get("demo"):
+            defaults.setdefault("data_dir", Path("data/demo"))
     known = vars(given)
     parser.set_defaults(**{name: value for name, value in defaults.items()
                            if name in known and value is not None})

@@ -63,7 +63,7 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        _exchange(dist.all_gather, parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
@@ -92,13 +92,17 @@ def average_gradients(model: nn.Module) -> None:
     of its own share, stay the same everywhere, so any process can evaluate, and save for all.
     """
     if world_size() > 1:
-        means = [p.grad for p in model.parameters() if p.grad is not None]
-        means += [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        flat = torch.cat([tensor.flatten() for tensor in means])  # one message, not 300
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for tensor, mean in zip(means, flat.split([t.numel() for t in means]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        # Statistics in float64: equal ones, of a frozen encoder, are then their own mean exactly.
+        for tensors, dtype in ((gradients, torch.float32), (statistics, torch.float64)):
+            if not tensors:
+                continue
+            flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])  # one message
+            _exchange(dist.all_reduce, flat)
+            flat /= world_size()
+            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
 
 def share_batchnorm(model: nn.Module) -> nn.Module:
@@ -116,7 +120,7 @@ def any_process(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     seen = torch.tensor(int(flag))
-    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    _exchange(dist.all_reduce, seen, dist.ReduceOp.MAX)
     return bool(seen)
 
 

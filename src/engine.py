@@ -68,7 +68,9 @@ def train_one_epoch(
     freeze_batchnorm: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Progress]:
-    """Train on every caption once; yields after each step, so that the caller may save or stop.
+    """Train on every caption once, but for those that fill no last batch.
+
+    Yields after each step, so that the caller may save or stop.
 
     Args:
         model: on the device to train on.
@@ -136,7 +138,7 @@ def backward(
     Memory Limited Setup", 2021: embed everything without a graph, take the loss's gradient by the
     embeddings, then embed piece by piece again, with the same random draws, and send each piece's
     share of that gradient back. Exact, in the memory of one chunk, for a second pass forward. (Only
-    BatchNorm sees a chunk where it would have seen the batch, unless it is frozen.)
+    BatchNorm sees a chunk where it would have seen the batch, and twice, unless it is frozen.)
 
     Args:
         scaler: scales the loss where half precision needs it.

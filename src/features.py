@@ -18,23 +18,27 @@ from src.distributed import rank
 from src.errors import UserError
 from src.files import exclusive_lock, write_atomic
 from src.image_encoder import ImageEncoder
-from src.runtime import autocast, compute_dtype
+from src.runtime import autocast
 
 BATCH_SIZE = 128
 SAVE_BATCHES = 16  # some minutes of a slow machine: what an interruption costs
 
 
-def frozen_features(folder: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
+def frozen_features(
+    folder: Path, encoder: ImageEncoder, dataset: Flickr30kDataset,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """The features of each photo's centre, from `folder` or computed and kept there.
 
-    The file is called by what goes into it, the weights and the pixels, so features of other
-    weights or changed photos are never taken for these. An interrupted call goes on where it was;
-    several processes on one disk compute them once.
+    The file is called by what goes into it, the weights, the pixels and the precision, so features
+    of other weights or changed photos are never taken for these. An interrupted call goes on where
+    it was; several processes on one disk compute them once.
 
     Args:
         folder: where the files lie.
         encoder: on the device to compute on; left in eval mode.
         dataset: N photos, with their pixels.
+        dtype: of products and convolutions, as `compute_dtype` gives it.
 
     Returns:
         (N, F) float32 on the CPU.
@@ -43,25 +47,27 @@ def frozen_features(folder: Path, encoder: ImageEncoder, dataset: Flickr30kDatas
         UserError: the folder cannot be written.
     """
     encoder.eval()
-    path = folder / f"features_{_key(encoder, dataset)}.npy"
+    path = folder / f"features_{_key(encoder, dataset, dtype)}.npy"
     partial = path.with_suffix(".part.npy")
     try:
         with exclusive_lock(folder / "features.lock"):
             if not path.exists():
-                _compute(partial, encoder, dataset)
+                _compute(partial, encoder, dataset, dtype)
                 partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot keep features in {folder}: {error}") from error
+        raise UserError(f"cannot keep features in {folder}: {error}; choose another place with "
+                        "--cache-dir") from error
     return torch.from_numpy(np.load(path))
 
 
-def _key(encoder: ImageEncoder, dataset: Flickr30kDataset) -> str:
-    """A digest of the weights, the input size and the pixels."""
+def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -> str:
+    """A digest of the weights, the input size, the pixels, and how it is computed."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().numpy().tobytes())
-    digest.update(str(encoder.image_size).encode())
+    device = next(encoder.parameters()).device.type
+    digest.update(f"{encoder.image_size} {dtype} {device}".encode())
     for start in range(0, len(dataset.records), BATCH_SIZE):
         photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
         digest.update(dataset.pixels(photos).numpy())
@@ -69,7 +75,9 @@ def _key(encoder: ImageEncoder, dataset: Flickr30kDataset) -> str:
 
 
 @torch.inference_mode()
-def _compute(path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> None:
+def _compute(
+    path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype
+) -> None:
     """Write the features that `path` does not hold yet."""
     count = len(dataset.records)
     device = next(encoder.parameters()).device
@@ -84,7 +92,7 @@ def _compute(path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset) -> No
             photos = np.arange(start, min(start + BATCH_SIZE, count))
             images = eval_view(dataset.pixels(photos).to(device),
                                encoder.image_size)
-            with autocast(device, compute_dtype(device)):
+            with autocast(device, dtype):
                 features[photos] = encoder(images).float().cpu().numpy()
             start += len(photos)
             bar.update(len(photos))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from src.dataset import Flickr30kDataset
@@ -23,8 +24,8 @@ class Mistake:
         caption: its row in the dataset.
         rank: of its photo among all photos, from 2.
         first: the photos at the head of the ranking, by number.
-        same_words: whether the first photo's own captions have every word of this one, so that
-            only the words' order and number could tell the two photos apart.
+        same_words: whether the captions of the first other photo have every word of this one, so
+            that only the words' order and number could tell the two photos apart.
     """
 
     caption: int
@@ -48,11 +49,13 @@ def find_mistakes(model: DualEncoder, dataset: Flickr30kDataset, top: int = 4) -
         similarity = embed_tokens(model, dataset.tokens[rows]) @ images.T  # (1024, N)
         ranks = text_to_image_ranks(similarity, dataset.image_index[rows])
         first = similarity.topk(min(top, len(images))).indices.tolist()
+        own = dataset.image_index[rows].tolist()
         found += [
             Mistake(row, rank, photos,
-                    words[photos[0]].issuperset(split_words(dataset.captions[row])))
-            for row, rank, photos in zip(rows.tolist(), ranks.tolist(), first, strict=True)
-            if rank > 1
+                    words[next(photo for photo in photos if photo != right)].issuperset(
+                        split_words(dataset.captions[row])))
+            for row, rank, photos, right in zip(rows.tolist(), ranks.tolist(), first, own,
+                                                strict=True) if rank > 1
         ]
     return sorted(found, key=lambda mistake: (-mistake.rank, mistake.caption))
 
@@ -69,12 +72,13 @@ def plot_mistakes(
     for mistake in mistakes:
         own = int(dataset.image_index[mistake.caption])
         if len(rows) < count and own not in rows:
-            others = [photo for photo in mistake.first if photo != own]
+            others = {place: photo for place, photo in enumerate(mistake.first, start=1)
+                      if photo != own}
             rows[own] = SheetRow(
                 dataset.captions[mistake.caption],
-                list(dataset.pixels(torch.tensor([own, *others]).numpy()).numpy()),
+                list(dataset.pixels(np.array([own, *others.values()])).numpy()),
                 [f"its photo, rank {mistake.rank:,}",
-                 *(f"rank {place}" for place in range(1, len(others) + 1))],
+                 *(f"rank {place}" for place in others)],
                 right=0,
             )
     plot_contact_sheet(path, list(rows.values()))

@@ -104,7 +104,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                          "device has it (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
                          help="train each process's batch in pieces of this size: the same "
-                         "gradient in less memory, for a second pass forward (default: off)")
+                         "gradient, but for BatchNorm where it is not frozen, in less memory, for "
+                         "a second pass forward (default: off)")
     machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
                          help="save within an epoch too; at most so much is lost to a power cut "
                          "(default: %(default)s)")

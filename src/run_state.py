@@ -111,12 +111,13 @@ class RunState:
             changed = [name for name, digest in self.data.items()
                        if content["data"].get(name) != digest]
             raise UserError(
-                f"the {' and '.join(changed or ['vocabulary'])} photos or captions are not those "
+                f"the {' and '.join(changed) or 'words of the'} photos or captions are not those "
                 f"that {path} was trained with: bring the earlier data back, or start anew with "
                 "another --results-dir")
         own_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**content["optimizer_state"], "param_groups": own_groups})
-        self.scaler.load_state_dict(content["scaler_state"])
+        if content["scaler_state"]:  # none was needed where it was saved
+            self.scaler.load_state_dict(content["scaler_state"])
         self.log = content["log"]
         self.progress = Progress(**content["progress"]) if content["progress"] else None
 
@@ -138,7 +139,11 @@ def load_run(results: Results) -> tuple[DualEncoder, Tokenizer, dict[str, Any]]:
     """
     if not results.last.exists() and not results.previous.exists():
         raise UserError(f"--resume needs {results.last}, and there is none: start without --resume")
-    return load_newest_checkpoint(results.last, results.previous)
+    loaded = load_newest_checkpoint(results.last, results.previous)
+    if "optimizer_state" not in loaded[2]:
+        raise UserError(f"{results.last} holds no run to go on with, only a model: start without "
+                        "--resume")
+    return loaded
 
 
 def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:

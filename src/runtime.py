@@ -45,8 +45,8 @@ def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     """The type that matrix products and convolutions run in; weights and sums are float32.
 
     Args:
-        precision: one of PRECISIONS; 'auto' is bfloat16 on GPUs and CPUs that have instructions for
-            it, float16 on older CUDA GPUs, float32 elsewhere.
+        precision: one of PRECISIONS; 'auto' is bfloat16 on GPUs and x86 CPUs that have instructions
+            for it, float16 on older CUDA GPUs, float32 elsewhere.
     """
     if PRECISIONS[precision]:
         return PRECISIONS[precision]
@@ -105,7 +105,7 @@ def seed_all(*key: int | str) -> None:
 def compute_deterministically() -> None:
     """Have torch choose, on GPUs, only kernels that give the same bits each time.
 
-    To be called before the first kernel runs. Where there is none for an operation, torch raises.
+    To be called before the first matrix product. Where an operation has none, torch raises.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.backends.cudnn.benchmark = False
@@ -157,6 +157,6 @@ def out_of_memory_told() -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the host'}):\n"
-            "train with --chunk-size 16, which changes no result but costs a second pass forward, "
-            "or lower --batch-size or --image-size"
+            "train with --chunk-size 16, the same gradient (but for BatchNorm, which sees a chunk) "
+            "for a second pass forward, or lower --batch-size or --image-size"
         ) from error

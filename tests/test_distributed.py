@@ -156,9 +156,10 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     """A process without a photo would have nothing to do: told with the cure, and no traceback."""
     images, annotations = make_tiny_data(tmp_path / "data")
     ran = torchrun("train.py", "--images", str(images), "--annotations", str(annotations),
-                   "--batch-size", "1", "--weights", "none", "--results-dir", str(tmp_path / "r"))
+                   "--batch-size", "1", "--weights", "none", "--val-fraction", "0.25",
+                   "--image-size", "32", "--results-dir", str(tmp_path / "r"))
     assert ran.returncode != 0
-    assert "error: --batch-size 1 leaves some of 2 processes without a photo" in ran.stderr
+    assert "error: a batch of 1 photos leaves some of 2 processes without one" in ran.stderr
     assert "src/" not in ran.stderr
 
 

@@ -222,13 +222,15 @@ def test_a_stopped_run_says_how_it_goes_on_and_does(run, straight, monkeypatch, 
         run(results, epochs=2, status=128 + number)
     error = capsys.readouterr().err
     assert "stopped after step 2 of epoch 2, and saved" in error
-    assert f"python train.py --resume --results-dir {run.folder / results}" in error
+    assert f"python train.py --resume --results-dir '{run.folder / results}'" in error
     run.resume(results)
     assert_same_run(run.folder / results, straight)
 
 
 def test_the_second_signal_ends_at_once(run, monkeypatch):
     """Whoever presses Ctrl-C twice is not kept waiting for the step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells leave us deaf
+
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -384,6 +386,54 @@ def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
         run.resume("one", "--images", str(tmp_path / "data" / "images"), "--annotations",
                    str(tmp_path / "data" / "annotations" / "annotations.csv"), "--epochs", "2")
     assert stubs.seen == []
+
+
+def test_a_run_goes_on_where_its_folder_has_been_moved(run, trained, straight):
+    """A copied folder is resumed in its new place, and the old one stays as it was."""
+    before = {path: path.read_bytes() for path in (trained / "models").iterdir()}
+    run.copy("one", "moved")
+    assert_same_run(run.resume("moved", "--epochs", "2"), straight)
+    assert {path: path.read_bytes() for path in (trained / "models").iterdir()} == before
+
+
+def test_a_new_run_cut_off_early_is_not_taken_for_the_one_before(run, monkeypatch):
+    """Started anew in a used folder and cut off before its first save, there is nothing to resume:
+    certainly not the earlier run, which is put aside."""
+    run("used", epochs=1)
+    last = (run.folder / "used" / LAST).read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 1, power_cut)
+        run("used", "--lr", "1e-4", epochs=1)
+    with pytest.raises(UserError, match="there is none: start without --resume"):
+        run.resume("used")
+    aside = run.folder / "used" / "models" / "flickr30k_clip_last_earlier.pth"
+    assert aside.read_bytes() == last
+
+
+def test_a_best_checkpoint_is_no_run_to_resume(run, trained):
+    """One that was put in the place of the newest is told apart by what it lacks."""
+    run.copy("one", "best as last")
+    shutil.copy(trained / BEST, run.folder / "best as last" / LAST)
+    with pytest.raises(UserError, match="holds no run to go on with"):
+        run.resume("best as last")
+
+
+@pytest.mark.parametrize(("flags", "restarts"), [
+    (("--head-epochs", "1"), True), (("--head-epochs", "1", "--freeze-image-encoder"), False),
+    (("--head-epochs", "9"), False),
+], ids=str)
+def test_the_rate_starts_anew_only_where_the_phase_changes(run, stubs, monkeypatch, flags,
+                                                           restarts):
+    """One cosine over the run, or two where heads come first and everything after."""
+    seen = []
+    original = train.build_schedule
+    monkeypatch.setattr(train, "build_schedule", lambda *args, **options: seen.append(
+        (args[2], options["restart_at"])) or original(*args, **options))
+    stubs.rsums = [1.0, 2.0]
+    run(f"phases of {flags}", *flags, epochs=2)
+    ((total, restart_at),) = seen
+    assert restart_at == (total // 2 if restarts else 0 if "--freeze-image-encoder" in flags
+                          else total)
 
 
 def test_resume_of_nothing_is_refused(run, stubs):
