@@ -24,12 +24,14 @@ from src.dataset import Flickr30kDataset
 from src.distributed import (
     any_process,
     average_gradients,
+    end_processes,
     from_first,
     gather_objects,
     gather_rows,
     rank,
     shares,
     start_processes,
+    wait_for_all,
     world_size,
 )
 from src.engine import backward
@@ -102,6 +104,8 @@ def worker(folder: Path, chunk_size: int | None) -> None:
     own = model.backbone._bn0.running_mean.clone()
     average_gradients(model)
     torch.save([own, model.backbone._bn0.running_mean], folder / f"statistics {rank()}.pt")
+    wait_for_all()
+    end_processes()  # threads of the group that outlive Python abort the process
 
 
 @pytest.mark.parametrize(("processes", "chunk_size"), [(2, None), (3, 2)])
