@@ -73,6 +73,7 @@ from src.runtime import (
     grad_scaler,
     keep_freed_memory,
     out_of_memory_told,
+    pays_to_compile,
     pick_device,
     seed_all,
     stop_on_request,
@@ -141,9 +142,6 @@ def train(
     train_set, val_set, tokenizer = open_sets(args, data, results)
     check_batch(args, len(train_set.records), device)
     model = share_batchnorm((earlier[0] if earlier else build_model(args, tokenizer)).to(device))
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
-          f"{n_parameters / 1e6:.1f} M parameters, on {device}")
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     dtype = compute_dtype(device, args.precision)
     run = RunState(model, tokenizer, optimizer, grad_scaler(device, dtype), plain(args),
@@ -154,9 +152,16 @@ def train(
         print(f"resumed after epoch {len(run.log)}{step}")
     # Steps an epoch are all but the same in every epoch, since the batches are full.
     n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
-    head_epochs = 0 if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
+    frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
+    tuned_steps = (args.epochs - frozen_epochs) * n_steps
+    compiled = pays_to_compile(device, tuned_steps) if args.compile is None else args.compile
+    if compiled:
+        model.image_encoder.compile_training()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {args.image_encoder}, {len(tokenizer):,} words, "
+          f"{n_parameters / 1e6:.1f} M parameters, on {device}{', compiled' if compiled else ''}")
     scheduler = build_schedule(optimizer, args.warmup_steps, args.epochs * n_steps, args.schedule,
-                               done_steps=run.steps, restart_at=head_epochs * n_steps)
+                               done_steps=run.steps, restart_at=frozen_epochs * n_steps)
     if rank() == 0:
         if not earlier:
             results.put_aside()
@@ -172,8 +177,7 @@ def train(
 
     with stop_on_request() as request:
         for epoch in range(len(run.log) + 1, args.epochs + 1):
-            its_train_set, its_val_set = sets(args.freeze_image_encoder
-                                              or epoch <= args.head_epochs)
+            its_train_set, its_val_set = sets(epoch <= frozen_epochs)
             saved = time.monotonic()
             for progress in train_one_epoch(
                 model, its_train_set, optimizer, scheduler, run.scaler, progress=run.progress,
@@ -245,6 +249,7 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,
         context_length=args.context_length, token_dim=args.token_dim, embed_dim=args.embed_dim,
         dropout=args.dropout, drop_connect=args.drop_connect, word_dropout=args.word_dropout,
+        mirror_mean=args.mirror_mean,
     ))
     model.image_encoder.load_weights(args.weights)
     return model

@@ -116,7 +116,8 @@ def export_image_encoder(path: Path, model: DualEncoder) -> None:
 
     `backbone_state` loads into `EfficientNet.from_name(name, include_top=False,
     image_size=image_size)`, whose padding depends on that size; the embedding of a photo is
-    `projection @ features`, normalised. Raises UserError as `save_checkpoint`.
+    `projection @ features`, normalised, with `mirror_mean` of the mean of the features of the photo
+    and of its mirror image. Raises UserError as `save_checkpoint`.
     """
     config = model.config
     save_tensors(path, {
@@ -126,6 +127,7 @@ def export_image_encoder(path: Path, model: DualEncoder) -> None:
         "projection": model.image_projection.linear.weight.detach(),  # (D, F)
         "image_size": config.image_size,
         "resize": store_size(config.image_size),
+        "mirror_mean": config.mirror_mean,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     })

@@ -67,7 +67,7 @@ def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -
         digest.update(name.encode())
         digest.update(tensor.cpu().numpy().tobytes())
     device = next(encoder.parameters()).device.type
-    digest.update(f"{encoder.image_size} {dtype} {device}".encode())
+    digest.update(f"{encoder.image_size} {encoder.mirror_mean} {dtype} {device}".encode())
     for start in range(0, len(dataset.records), BATCH_SIZE):
         photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
         digest.update(dataset.pixels(photos).numpy())

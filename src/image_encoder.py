@@ -6,6 +6,8 @@ as implemented and published by the package efficientnet_pytorch.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -29,7 +31,9 @@ class ImageEncoder(nn.Module):
     `EfficientNet.from_name(name, include_top=False)`.
     """
 
-    def __init__(self, name: str, image_size: int, drop_connect: float = 0.2) -> None:
+    def __init__(
+        self, name: str, image_size: int, drop_connect: float = 0.2, mirror_mean: bool = False
+    ) -> None:
         """Build with random weights.
 
         Args:
@@ -38,9 +42,12 @@ class ImageEncoder(nn.Module):
                 is worked out for it.
             drop_connect: share of the photos for which a residual block is skipped in training,
                 rising from 0 at the first block to this at the last.
+            mirror_mean: in eval mode, give the mean of the features of the photo and of its mirror
+                image, in two passes.
         """
         super().__init__()
-        self.name, self.image_size = name, image_size
+        self.name, self.image_size, self.mirror_mean = name, image_size, mirror_mean
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
         # few hundred steps evaluate with statistics of the weights that they end with.
         self.backbone = EfficientNet.from_name(
@@ -62,7 +69,33 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalised images -> (B, F) features."""
-        return self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
+        if self._compiled and self.training:
+            try:
+                return self._compiled(images).flatten(1)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().partition("\n")[0]
+                print(f"note: torch.compile does not work here ({reason}); training goes on "
+                      "without it", file=sys.stderr)
+                self._compiled = None
+        features = self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
+        if self.mirror_mean and not self.training:
+            features = (features + self.backbone(images.flip(3)).flatten(1)) / 2
+        return features
+
+    def compile_training(self, backend: str = "inductor") -> None:
+        """Have torch.compile fuse what a step in training mode does, at its first call.
+
+        The same function with the same random draws, up to rounding. Evaluation goes on as it is:
+        its batches are of any size, and each size would be compiled anew. Where compiling fails,
+        for want of a C compiler say, a note is printed, and training goes on without.
+
+        Args:
+            backend: one of torch.compile's.
+        """
+        # Inductor would draw other numbers than torch does.
+        options = {"fallback_random": True} if backend == "inductor" else None
+        self._compiled = torch.compile(self.backbone.forward, backend=backend, options=options,
+                                       dynamic=False, fullgraph=True)
 
     def freeze_batchnorm(self) -> None:
         """Normalise with the running statistics from now on, until the next call of train().

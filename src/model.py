@@ -31,6 +31,7 @@ class ModelConfig:
     dropout: float = 0.1
     drop_connect: float = 0.2
     word_dropout: float = 0.0
+    mirror_mean: bool = False
 
 
 class DualEncoder(nn.Module):
@@ -41,7 +42,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(
-            config.image_encoder, config.image_size, config.drop_connect
+            config.image_encoder, config.image_size, config.drop_connect, config.mirror_mean
         )
         self.text_encoder = TextEncoder(
             config.vocab_size, config.token_dim, config.word_dropout

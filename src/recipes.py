@@ -23,7 +23,7 @@ RECIPES = {
         weights="imagenet", image_size=224, min_freq=2, token_dim=512, dropout=0.1,
         drop_connect=0.2, word_dropout=0.0, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
         image_encoder_lr=None, weight_decay=0.01, schedule="constant", warmup_steps=0, flip=True,
-        head_epochs=0, freeze_batchnorm=False,
+        head_epochs=0, freeze_batchnorm=False, mirror_mean=False,
     ),
 }
 # Heads first, on frozen features, then everything: what is new at a rate of its own, the image
@@ -62,6 +62,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the image encoder's last residual block (default: %(default)s)")
     group.add_argument("--word-dropout", type=fraction, metavar="P",
                        help="share of its words that a caption does without in training "
+                       "(default: %(default)s)")
+    group.add_argument("--mirror-mean", action=argparse.BooleanOptionalAction,
+                       help="wherever it is not trained on, describe a photo by the mean of its "
+                       "own and its mirror image's features, for a second image pass a photo "
                        "(default: %(default)s)")
 
 
@@ -102,6 +106,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
                          help="of products and convolutions in training; auto: bfloat16 where the "
                          "device has it (default: %(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                         help="fuse the image encoder's kernels with torch.compile, for a minute "
+                         "or more at the first step (default: on a GPU, in a run that is long "
+                         "enough)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
                          help="train each process's batch in pieces of this size: the same "
                          "gradient, but for BatchNorm where it is not frozen, in less memory, for "

@@ -21,7 +21,7 @@ from src.tokenizer import Tokenizer
 PLACES = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device", "save_every",
           "resume", "strict")
 # … how long it goes on, and what may mend a run in trouble. These are told, all others refused.
-CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size")
+CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile")
 
 
 class RunState:
@@ -154,7 +154,7 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
     """
     changed = {name: f"--{name.replace('_', '-')} was {earlier.get(name)}, is {value}"
                for name, value in flags.items()
-               if name not in PLACES and value != earlier.get(name)}
+               if name not in PLACES and value != earlier.get(name, value)}
     refused = [text for name, text in changed.items() if name not in CHANGEABLE]
     if refused:
         raise UserError(f"--resume goes on with another run: {'; '.join(refused)}. Leave that out, "

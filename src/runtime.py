@@ -57,6 +57,16 @@ def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def pays_to_compile(device: torch.device, steps: int) -> bool:
+    """Whether torch.compile saves more in `steps` steps than it costs at the first.
+
+    On a CPU it was measured, and does not (benchmarks/README.md). On a GPU a minute of compiling is
+    set against some 10 ms a step, which is what starting EfficientNet's thousand kernels one by one
+    takes longer than computing them: reckoned, not measured.
+    """
+    return device.type == "cuda" and steps >= 6000
+
+
 @cache
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself; others imitate it, slowly."""

@@ -182,7 +182,9 @@ def test_exported_encoder_rebuilds_without_this_project(model, images, exported)
 
 
 def test_exported_file_says_how_to_feed_it(exported):
-    """Input size, size to squeeze photos to before the centre crop, mean and deviation."""
+    """Input size, size to squeeze photos to before the centre crop, mean and deviation; whether to
+    take the mean over the photo and its mirror image."""
+    assert exported["mirror_mean"] is False
     assert exported["image_size"] == 48
     assert exported["image_size"] <= exported["resize"] <= 56
     assert exported["mean"] == [0.485, 0.456, 0.406]

@@ -28,10 +28,10 @@ def make_dataset(seed: int = 0, photos: int = 7) -> Flickr30kDataset:
     return Flickr30kDataset(records, store, Tokenizer.from_captions(["photo"], 1, 4))
 
 
-def make_encoder(seed: int = 0) -> ImageEncoder:
+def make_encoder(seed: int = 0, mirror_mean: bool = False) -> ImageEncoder:
     """An encoder with the weights of `seed`."""
     seed_all(seed, "weights")
-    return ImageEncoder("efficientnet-b0", 32)
+    return ImageEncoder("efficientnet-b0", 32, mirror_mean=mirror_mean)
 
 
 @pytest.fixture
@@ -61,13 +61,15 @@ def test_features_are_the_encoders(tmp_path, count_passes):
 
 
 def test_features_are_computed_once(tmp_path, count_passes):
-    """A second call reads them; other weights, other pixels or fewer photos compute their own."""
+    """A second call reads them; other weights, other pixels, fewer photos, or the mean over mirror
+    images compute their own."""
     first = frozen_features(tmp_path, make_encoder(), make_dataset())
     assert sum(count_passes) == 7
     assert torch.equal(frozen_features(tmp_path, make_encoder(), make_dataset()), first)
     assert sum(count_passes) == 7
     for encoder, dataset in ((make_encoder(1), make_dataset()), (make_encoder(), make_dataset(1)),
-                             (make_encoder(), make_dataset(photos=6))):
+                             (make_encoder(), make_dataset(photos=6)),
+                             (make_encoder(mirror_mean=True), make_dataset())):
         before = sum(count_passes)
         other = frozen_features(tmp_path, encoder, dataset)
         assert sum(count_passes) == before + len(dataset.records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import http.server
 import math
@@ -213,6 +214,75 @@ def test_drop_connect_skips_blocks_in_training_only():
         with torch.no_grad():
             assert torch.equal(encoder(images), encoder(images)) == same
             assert torch.equal(encoder.eval()(images), encoder(images))
+
+
+def test_the_mean_over_a_photo_and_its_mirror_image():
+    """With mirror_mean a photo and its mirror image are one in evaluation, the mean of what either
+    gives by itself; in training each is what it was."""
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    encoder = ImageEncoder(B0, 64, drop_connect=0.0, mirror_mean=True)
+    alone = ImageEncoder(B0, 64, drop_connect=0.0).eval()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        encoder.train()(images)  # takes these photos' statistics, or all features would be the same
+        alone.load_state_dict(encoder.eval().state_dict())
+        own, mirrored = alone(images), alone(images.flip(3))
+        assert (own - mirrored).abs().max() > 0.01 * own.abs().max() > 0
+        assert torch.equal(encoder(images), (own + mirrored) / 2)
+        assert torch.equal(encoder(images.flip(3)), encoder(images))
+        assert torch.equal(encoder.train()(images), alone.train()(images))
+
+
+def one_step(encoder: ImageEncoder, images: torch.Tensor) -> list[torch.Tensor]:
+    """Features, gradients and BatchNorm's statistics of a step in training mode, seeded."""
+    torch.manual_seed(1)
+    encoder.train().zero_grad()
+    features = encoder(images)
+    (features * torch.linspace(-1, 1, features.shape[1])).sum().backward()
+    return [features.detach(), *(p.grad.clone() for p in encoder.parameters()),
+            *(b.clone() for b in encoder.buffers())]
+
+
+def test_a_compiled_step_is_the_step():
+    """torch.compile takes the whole of the image encoder in, random draws included, and changes
+    nothing; evaluation does not go through it. (What its default backend makes of that is PyTorch's
+    to test, and takes minutes on a CPU.)"""
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    encoder = ImageEncoder(B0, 64, drop_connect=0.3)
+    start = copy.deepcopy(encoder.state_dict())
+    expected = one_step(encoder, images)
+    encoder.load_state_dict(start)
+    encoder.compile_training("aot_eager")
+    for found, value in zip(one_step(encoder, images), expected, strict=True):
+        torch.testing.assert_close(found, value)
+    assert encoder.state_dict().keys() == start.keys()
+    seen = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert seen > 0
+    with torch.no_grad():
+        encoder.eval()(images[:5])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen
+
+
+def test_where_compiling_fails_training_goes_on(capsys):
+    """A backend that cannot compile costs a note, once, and not the run."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    encoder = ImageEncoder(B0, 32)
+    start = copy.deepcopy(encoder.state_dict())
+    expected = one_step(encoder, images)
+    encoder.load_state_dict(start)
+
+    def backend(graph, inputs):
+        raise RuntimeError("no C compiler here")
+
+    encoder.compile_training(backend)
+    assert all(map(torch.equal, one_step(encoder, images), expected))
+    one_step(encoder, images)
+    assert capsys.readouterr().err.count("note: torch.compile does not work here") == 1
 
 
 def test_swish_is_replaced_everywhere(model):

@@ -19,6 +19,7 @@ from src.runtime import (
     grad_scaler,
     keep_freed_memory,
     out_of_memory_told,
+    pays_to_compile,
     pick_device,
     seed_all,
     stop_on_request,
@@ -142,6 +143,13 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_it(monkeypatch, flags, expected
         assert compute_dtype(CPU, precision) == (dtype or expected)
     with autocast(CPU, expected):
         assert torch.is_autocast_enabled("cpu") == (expected == torch.bfloat16)
+
+
+def test_compiling_is_for_long_runs_on_gpus():
+    """Never on a CPU; on a GPU from some thousands of steps on."""
+    gpu = torch.device("cuda")
+    assert not pays_to_compile(CPU, 10**9)
+    assert not pays_to_compile(gpu, 100) and pays_to_compile(gpu, 10**5)
 
 
 def test_kept_memory_changes_no_value():
