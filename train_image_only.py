@@ -4,7 +4,7 @@
                                        #   -> results/models/image_encoder_from_clip.pth
 
 The file holds the EfficientNet, its projection to the shared space, and what is needed to feed it
-(name, input size, mean, deviation); the README shows the ten lines that load it.
+(name, input size, mean, deviation); the README shows the dozen lines that load it.
 """
 
 from __future__ import annotations

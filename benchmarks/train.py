@@ -5,7 +5,8 @@
 From files on the disk to the last step, in float32 or mixed precision as each would have it; only
 our store of decoded photos is built before (benchmarks.input measures that). Dropout and crops are
 off and the batches are the same, so the losses can be compared step by step. With a GPU the same
-rows are measured there. `ours, in place` is our step on one batch that is already on the device.
+rows are measured there; ours is then compiled, as train.py chooses for long runs, and `ours, eager`
+is not. `ours, in place` is our step on one batch that is already on the device.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from src.tokenizer import Tokenizer
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
 CONTENDERS = {"plain": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
-              "ours": [], "ours, in place": []}
+              "ours": [], "ours, in place": [], "ours, eager": []}
 Pairs = list[tuple[Path, str]]
 
 
@@ -77,25 +78,26 @@ def table(args: argparse.Namespace, device: str) -> None:
     flags = ["--steps", str(steps), "--batch-size", str(args.batch_size), "--device", device,
              "--image-size", str(args.image_size)]
     flags += ["--photos", str(args.photos)] if args.photos else []
-    lacking = {name: [p for p in CONTENDERS[name] if not installed(p)] for name in args.contenders}
-    reports = one_process_each("benchmarks.train",
-                               [name for name in args.contenders if not lacking[name]],
+    names = [name for name in args.contenders if device != "cpu" or "eager" not in name]
+    lacking = {name: [p for p in CONTENDERS[name] if not installed(p)] for name in names}
+    reports = one_process_each("benchmarks.train", [name for name in names if not lacking[name]],
                                args.repeats, flags)
     count = steps * args.batch_size
     print(f"\non {device}: an epoch of {count} photos at {args.image_size}, batches of "
           f"{args.batch_size}, {'real' if args.photos else 'generated'} photos, "
           f"{args.repeats} runs")
     seconds = {name: [report["seconds"] for report in own] for name, own in reports.items()}
-    for name in args.contenders:
+    for name in names:
         if lacking[name]:
             print(f"  {name:15} not measured: {', '.join(lacking[name])} is missing")
             continue
         speed = count / sorted(seconds[name])[len(seconds[name]) // 2]
         against = f"   plain / this {ratio(seconds['plain'], seconds[name])}" \
             if "plain" in seconds else ""
-        waited = reports[name][0].get("wait_share")
+        waited, warm_up = (reports[name][0].get(key) for key in ("wait_share", "warm_up"))
         print(f"  {name:15} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s{against}"
-              + (f"   waited for data {waited:.1%}" if waited is not None else ""))
+              + (f"   waited for data {waited:.1%}" if waited is not None else "")
+              + (f"   first step {warm_up:.1f} s" if warm_up is not None else ""))
     if {"ours", "ours, in place"} <= seconds.keys():
         print(f"  in place / ours {ratio(seconds['ours, in place'], seconds['ours'])}: "
               "how near the epoch comes to the bare step")
@@ -120,6 +122,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     if args.one.startswith("ours"):
         store = PixelStore.build(folder, source.images, [r.name for r in records], args.image_size)
         dataset = keep_on_device(Flickr30kDataset(records, store, tokenizer), device)
+        if device.type != "cpu" and "eager" not in args.one:
+            model.image_encoder.compile_training()
         run = in_place if "place" in args.one else ours
         return run(model.to(device), dataset, args.steps, args.batch_size)
     pairs = [(source.images / r.name, r.captions[0]) for r in records]
@@ -136,7 +140,7 @@ def ours(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: 
     device = model.logit_scale.device
     dtype = compute_dtype(device)
     scaler = grad_scaler(device, dtype)
-    warm_up(model, dataset, batches[0])
+    first_step = warm_up(model, dataset, batches[0])
     sums, progress = [], None
     start = time.perf_counter()
     for progress in train_one_epoch(
@@ -147,7 +151,8 @@ def ours(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: 
     total = torch.stack(sums).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     losses = total.diff(prepend=torch.zeros(1)).tolist()
-    return {"seconds": seconds, "losses": losses, "wait_share": progress.waited / progress.seconds}
+    return {"seconds": seconds, "losses": losses, "warm_up": first_step,
+            "wait_share": progress.waited / progress.seconds}
 
 
 def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: int) -> dict:
@@ -170,14 +175,18 @@ def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_si
     return {"seconds": time.perf_counter() - start}
 
 
-def warm_up(model: DualEncoder, dataset: Flickr30kDataset, items: list) -> None:
-    """One backward pass, whose gradients are thrown away and whose statistics are taken back."""
+def warm_up(model: DualEncoder, dataset: Flickr30kDataset, items: list) -> float:
+    """Throw away a step's gradients, take back its statistics; the seconds, with any compiling."""
+    start = time.perf_counter()
     device = model.logit_scale.device
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     backward(model.train(), grad_scaler(device), dataset.batch(items).to(device), flip=False,
              key=(0,), dtype=compute_dtype(device))
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def theirs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -167,16 +167,25 @@ def exported(model, tmp_path):
     return torch.load(tmp_path / "image.pth", weights_only=True)
 
 
-def test_exported_encoder_rebuilds_without_this_project(model, images, exported):
+@pytest.mark.parametrize("mirror_mean", [False, True])
+def test_exported_encoder_rebuilds_without_this_project(model, images, tmp_path, mirror_mean):
     """With only torch and efficientnet_pytorch the file gives the embeddings of encode_image."""
+    averaging = DualEncoder(replace(model.config, mirror_mean=mirror_mean)).eval()
+    averaging.load_state_dict(model.state_dict())
+    export_image_encoder(tmp_path / "image.pth", averaging)
+    exported = torch.load(tmp_path / "image.pth", weights_only=True)
     net = EfficientNet.from_name(
         exported["name"], include_top=False, image_size=exported["image_size"]
     )
     net.load_state_dict(exported["backbone_state"])
     with torch.no_grad():
         features = net.eval()(images).flatten(1)
+        if exported["mirror_mean"]:
+            features = (features + net(images.flip(3)).flatten(1)) / 2
         embeddings = torch.nn.functional.normalize(features @ exported["projection"].T)
-        expected = model.encode_image(images)
+        expected = averaging.encode_image(images)
+        alone = model.encode_image(images)
+    assert torch.equal(alone, expected) != mirror_mean
     assert torch.cdist(expected, expected).fill_diagonal_(9).min() > 0.01  # they do differ
     torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-4)
 
