@@ -46,6 +46,15 @@ def build_model(row: Row, train_set: Flickr30kDataset, n_words: int, seed: int) 
         learned = row.word_weights == "learned"
         model.text_encoder = WeighedWords(
             model.config, torch.ones(n_words) if learned else idf / idf.mean(), learned)
+    rebuild(model, row)
+    if row.text_dropout is not None:
+        model.text_projection.dropout.p = row.text_dropout
+    model.logit_scale.requires_grad_(not row.fixed_scale)
+    return model
+
+
+def rebuild(model: DualEncoder, row: Row) -> None:
+    """Give a fresh model the words, the layers and the scale that `row` starts with."""
     if row.word_std != 0.002 or row.hidden:
         words = model.text_encoder.embedding.weight.data.normal_(std=row.word_std)
         words[[Tokenizer.pad_id] if row.hidden else [Tokenizer.pad_id, Tokenizer.unk_id]] = 0
@@ -55,11 +64,7 @@ def build_model(row: Row, train_set: Flickr30kDataset, n_words: int, seed: int) 
         model.text_projection.linear = torch.nn.Sequential(
             torch.nn.Linear(row.token_dim, row.token_dim), torch.nn.ReLU(),
             torch.nn.Linear(row.token_dim, row.embed_dim))
-    if row.text_dropout is not None:
-        model.text_projection.dropout.p = row.text_dropout
     model.logit_scale.data.fill_(row.logit_scale)
-    model.logit_scale.requires_grad_(not row.fixed_scale)
-    return model
 
 
 def row_loss(row: Row, model: DualEncoder, images: torch.Tensor, texts: torch.Tensor,

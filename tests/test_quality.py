@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality
+import train
+from benchmarks import finetune, quality
 from benchmarks.quality_data import Data
 from benchmarks.quality_model import WeighedWords, build_model, row_loss
 from benchmarks.quality_rows import CROPS, PLAIN, ROWS, SEED, STRONG, Row
 from src.annotations import read_annotations
+from src.dataset import Flickr30kDataset
 from src.engine import train_one_epoch
 from src.image_encoder import ImageEncoder
 from src.loss import contrastive_loss
-from src.model import ModelConfig
+from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
 from src.pixels import PixelStore
 from src.runtime import grad_scaler, seed_all
@@ -187,3 +191,37 @@ def test_kept_runs_are_not_trained_again(
     assert quality.main([*flags, "--seeds", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+
+
+def test_fine_tuning_in_as_many_image_passes(tmp_path: Path, capsys: pytest.CaptureFixture,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain script, the seed recipe and the strong one see as many photos, heads aside; a
+    second call prints the same table and trains nothing."""
+    images, annotations = make_tiny_data(tmp_path / "data", n_photos=40)
+    passes = []
+    original = train.train_one_epoch
+
+    def count(model: DualEncoder, dataset: Flickr30kDataset, *args: object,
+              **flags: object) -> Iterator:
+        for progress in original(model, dataset, *args, **flags):
+            yield progress
+        frozen = dataset.pixels(np.zeros(1, np.int64)).ndim == 2
+        passes.append((frozen, progress.pairs // flags["captions_per_image"]))
+
+    monkeypatch.setattr(train, "train_one_epoch", count)
+    flags = ["--images", str(images), "--annotations", str(annotations), "--weights", "none",
+             "--image-size", "32", "--keep", str(tmp_path / "runs"), "--seeds", "0",
+             "--tuned-epochs", "5", "--rows"]
+    tables = []
+    for row in ("plain", "seed", "strong"):
+        passes.clear()
+        for _ in range(2):
+            finetune.main([*flags, row])
+            tables.append(capsys.readouterr().out.splitlines()[-1])
+        assert tables[-1] == tables[-2] and tables[-1].startswith(f"| `{row}` | ")
+        assert sum(number for frozen, number in passes if not frozen) == 5 * 36
+        log = tmp_path / "runs" / f"{row}-0" / "log.jsonl"
+        assert len(log.read_text().splitlines()) == len(passes)  # the second call added none
+    plain = torch.load(tmp_path / "runs" / "plain-0" / "models" / "flickr30k_clip_best.pth",
+                       weights_only=True)["model_state"]
+    assert plain["text_encoder.embedding.weight"].std() == pytest.approx(1, abs=0.1)
