@@ -145,7 +145,7 @@ def train(
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     dtype = compute_dtype(device, args.precision)
     run = RunState(model, tokenizer, optimizer, grad_scaler(device, dtype), plain(args),
-                   {"train": train_set.digest(), "validation": val_set.digest()})
+                   {"train": train_set.digest(), "validation": val_set.digest()}, args.ema_decay)
     if earlier:
         run.restore(earlier[2], results.last)
         step = f" and {run.progress.step} steps" if run.progress else ""
@@ -185,7 +185,7 @@ def train(
                 flip=args.flip, seed=args.seed, epoch=epoch, dtype=dtype,
                 chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
             ):
-                run.progress = progress
+                run.advance(progress)
                 stop = any_process(request.signal is not None)
                 if rank() == 0 and (stop or time.monotonic() - saved > 60 * args.save_every):
                     run.save(results)
@@ -193,7 +193,7 @@ def train(
                 if stop:
                     return stopped(request.signal, epoch, run, args)
             start = time.perf_counter()
-            metrics = evaluate_retrieval(model, its_val_set)
+            metrics = evaluate_retrieval(run.evaluated, its_val_set)
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
             if rank() == 0:
                 keep(run, results, is_best)

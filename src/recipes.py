@@ -24,6 +24,7 @@ RECIPES = {
         drop_connect=0.2, word_dropout=0.0, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
         image_encoder_lr=None, weight_decay=0.01, schedule="constant", warmup_steps=0, flip=True,
         head_epochs=0, freeze_batchnorm=False, mirror_mean=False,
+        ema_decay=0.0,
     ),
 }
 # Heads first, on frozen features, then everything: what is new at a rate of its own, the image
@@ -89,6 +90,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the learning rate (default: %(default)s)")
     group.add_argument("--warmup-steps", type=non_negative_int, metavar="N",
                        help="steps of linear warm-up (default: %(default)s)")
+    group.add_argument("--ema-decay", type=fraction, metavar="SHARE",
+                       help="evaluate and keep a moving average of the weights, of which each step "
+                       "keeps this share; 0 for the weights themselves (default: %(default)s)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction,
                        help="mirror half of the photos (default: %(default)s)")
     group.add_argument("--freeze-image-encoder", action="store_true",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.checkpoint import load_newest_checkpoint, rotate_checkpoint, save_checkpoint
 from src.cli import Results
@@ -35,18 +36,34 @@ class RunState:
     def __init__(
         self, model: DualEncoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler, flags: dict[str, Any], data: dict[str, str],
+        ema_decay: float = 0.0,
     ) -> None:
         """A run at its start.
 
         Args:
             flags: what it was told, as plain values.
             data: what it trains and validates on, as digests.
+            ema_decay: what a step keeps of the moving average of the weights, 0 for no average.
         """
         self.model, self.tokenizer = model, tokenizer
         self.optimizer, self.scaler = optimizer, scaler
         self.flags, self.data = flags, data
         self.log: list[dict] = []
         self.progress: Progress | None = None
+        self._average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True,
+        ) if ema_decay else None
+
+    @property
+    def evaluated(self) -> DualEncoder:
+        """The model to evaluate and keep: with the weights' moving average, if there is one."""
+        return self._average.module if self._average else self.model
+
+    def advance(self, progress: Progress) -> None:
+        """Note a step that was done, and take its weights into their average."""
+        self.progress = progress
+        if self._average:
+            self._average.update_parameters(self.model)
 
     @property
     def steps(self) -> int:
@@ -78,6 +95,7 @@ class RunState:
             log=self.log, progress=asdict(self.progress) if self.progress else None,
             data=self.data, optimizer_state=self.optimizer.state_dict(),
             scaler_state=self.scaler.state_dict(),
+            average_state=self._average.state_dict() if self._average else {},
         )
 
     def save_best(self, results: Results) -> None:
@@ -88,7 +106,7 @@ class RunState:
         content = self._content()
         if len(self.log) == 1 and results.best.exists() and not _is_of(results.best, content):
             results.best.replace(results.earlier)
-        save_checkpoint(results.best, self.model, self.tokenizer, **content)
+        save_checkpoint(results.best, self.evaluated, self.tokenizer, **content)
 
     def _content(self) -> dict[str, Any]:
         weights = [p.isfinite().all() for p in self.model.parameters()]
@@ -118,6 +136,8 @@ class RunState:
         self.optimizer.load_state_dict({**content["optimizer_state"], "param_groups": own_groups})
         if content["scaler_state"]:  # none was needed where it was saved
             self.scaler.load_state_dict(content["scaler_state"])
+        if self._average and content.get("average_state"):  # earlier versions kept none
+            self._average.load_state_dict(content["average_state"])
         self.log = content["log"]
         self.progress = Progress(**content["progress"]) if content["progress"] else None
 

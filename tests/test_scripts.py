@@ -24,6 +24,7 @@ from src.files import only_writer
 from src.image_file import load_image
 from src.model import DualEncoder, ModelConfig
 from src.recipes import RECIPES
+from src.retrieval import evaluate_retrieval
 from src.run_state import RunState
 from src.runtime import seed_all
 
@@ -488,6 +489,47 @@ def test_head_epochs_come_first(run, monkeypatch):
             interrupt(patch, after, power_cut)
             run(f"phases {after}", *flags, "--save-every", "0", epochs=2)
         assert_same_run(run.resume(f"phases {after}"), whole)
+
+
+def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
+    """With --ema-decay the best checkpoint holds the average over the steps, BatchNorm's statistics
+    included, and the newest one the weights themselves; both survive an interruption."""
+    states, evaluated = [], []
+
+    def copy_of(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    def epoch(model, *args, **options):
+        for progress in train_one_epoch(model, *args, **options):
+            states.append(copy_of(model))
+            yield progress
+
+    def evaluate(model, dataset):
+        evaluated.append(copy_of(model))
+        return evaluate_retrieval(model, dataset)
+
+    flags = ("--ema-decay", "0.6", "--mirror-mean")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_one_epoch", epoch)
+        patch.setattr(train, "evaluate_retrieval", evaluate)
+        results = run("average", *flags, epochs=1)
+    assert len(states) > 2
+    expected = {name: value.double() for name, value in states[0].items()}
+    for state in states[1:]:
+        for name, value in state.items():
+            expected[name] = 0.6 * expected[name] + 0.4 * value.double()
+    kept, last = (load(results / name)["model_state"] for name in (BEST, LAST))
+    for name, value in kept.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert differing(last, states[-1]) == []
+    assert differing(last, kept) != []
+    assert [differing(kept, each) for each in evaluated] == [[]]
+    assert load_checkpoint(results / BEST)[0].image_encoder.mirror_mean
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 2, power_cut)
+        run("average cut", *flags, "--save-every", "0", epochs=1)
+    assert_same_run(run.resume("average cut"), results)
 
 
 def test_max_images(run, stubs, capsys):
