@@ -154,7 +154,10 @@ def train(
     n_steps = len(train_set.epoch(args.batch_size, args.captions_per_image, args.seed, 1))
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     tuned_steps = (args.epochs - frozen_epochs) * n_steps
-    compiled = pays_to_compile(device, tuned_steps) if args.compile is None else args.compile
+    compiled = args.compile
+    if compiled is None:  # BatchNorm that several GPUs share has messages in its midst
+        compiled = (pays_to_compile(device, tuned_steps)
+                    and (world_size() == 1 or args.freeze_batchnorm))
     if compiled:
         model.image_encoder.compile_training()
     n_parameters = sum(p.numel() for p in model.parameters())
