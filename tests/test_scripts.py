@@ -433,8 +433,7 @@ def test_the_rate_starts_anew_only_where_the_phase_changes(run, stubs, monkeypat
     stubs.rsums = [1.0, 2.0]
     run(f"phases of {flags}", *flags, epochs=2)
     ((total, restart_at),) = seen
-    assert restart_at == (total // 2 if restarts else 0 if "--freeze-image-encoder" in flags
-                          else total)
+    assert restart_at == (total // 2 if restarts else total)
 
 
 def test_resume_of_nothing_is_refused(run, stubs):
