@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import train
+from benchmarks.quality_data import add_data_arguments
 from benchmarks.quality_model import rebuild
 from benchmarks.quality_rows import PLAIN
 from benchmarks.timing import machine
@@ -38,11 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is asked for and not there yet, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of photos")
-    parser.add_argument("--annotations", type=Path, help="caption file")
-    parser.add_argument("--weights", default="imagenet", help="imagenet or PATH")
-    parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="(default: beside --images)")
+    add_data_arguments(parser)
     parser.add_argument("--keep", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["plain", "seed", "strong"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
@@ -50,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tuned-epochs", type=int, default=10, metavar="N",
                         help="passes of every photo (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not (args.images and args.annotations):
+        parser.error("--images and --annotations say what to train on")
     if args.tuned_epochs % CAPTIONS:
         parser.error(f"--tuned-epochs must divide by {CAPTIONS}")
     print(f"{machine()}\n\n| row | rsum ± deviation (seeds) | image to text R@1 / R@10 "
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_row(row: str, seed: int, args: argparse.Namespace) -> list[dict]:
     """The log of a run, trained now if it was not before; one that was cut off begins anew."""
-    results = args.keep / f"{row}-{seed}"
+    results = args.keep / f"{row}-{args.tuned_epochs}-{seed}"
     log = results / "log.jsonl"
     epochs = args.tuned_epochs // CAPTIONS
     if row.startswith("strong"):

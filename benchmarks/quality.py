@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.quality_data import Data
+from benchmarks.quality_data import Data, add_data_arguments
 from benchmarks.quality_model import build_model, row_loss, row_optimizer
 from benchmarks.quality_rows import ROWS, Row
 from benchmarks.timing import machine
@@ -135,11 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is asked for and print the table's lines."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of photos")
-    parser.add_argument("--annotations", type=Path, help="caption file")
-    parser.add_argument("--weights", default="imagenet", help="imagenet or PATH")
-    parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="(default: beside --images)")
+    add_data_arguments(parser)
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME",
                         help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")

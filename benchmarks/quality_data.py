@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,17 @@ from src.tokenizer import Tokenizer, split_words
 
 CONTEXT_LENGTH = 32
 ENDINGS = ("ingly", "ings", "ing", "edly", "ies", "ers", "er", "ed", "es", "s", "ly", "y")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both studies are told of the photos and the weights."""
+    parser.add_argument("--images", type=Path, help="folder of photos")
+    parser.add_argument("--annotations", type=Path, help="caption file")
+    parser.add_argument("--weights", default="imagenet", metavar="imagenet|PATH",
+                        help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS",
+                        help="(default: %(default)s)")
+    parser.add_argument("--cache-dir", type=Path, help="(default: beside --images)")
 
 
 @dataclass

@@ -172,6 +172,7 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
     Raises:
         UserError: one of them would make it another run.
     """
+    # What a run of an earlier version does not name, it did not have.
     changed = {name: f"--{name.replace('_', '-')} was {earlier.get(name)}, is {value}"
                for name, value in flags.items()
                if name not in PLACES and value != earlier.get(name, value)}

@@ -220,8 +220,8 @@ def test_fine_tuning_in_as_many_image_passes(tmp_path: Path, capsys: pytest.Capt
             tables.append(capsys.readouterr().out.splitlines()[-1])
         assert tables[-1] == tables[-2] and tables[-1].startswith(f"| `{row}` | ")
         assert sum(number for frozen, number in passes if not frozen) == 5 * 36
-        log = tmp_path / "runs" / f"{row}-0" / "log.jsonl"
+        log = tmp_path / "runs" / f"{row}-5-0" / "log.jsonl"
         assert len(log.read_text().splitlines()) == len(passes)  # the second call added none
-    plain = torch.load(tmp_path / "runs" / "plain-0" / "models" / "flickr30k_clip_best.pth",
+    plain = torch.load(tmp_path / "runs" / "plain-5-0" / "models" / "flickr30k_clip_best.pth",
                        weights_only=True)["model_state"]
     assert plain["text_encoder.embedding.weight"].std() == pytest.approx(1, abs=0.1)

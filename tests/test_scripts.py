@@ -374,6 +374,18 @@ def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
     assert {path: path.read_bytes() for path in (trained / "models").iterdir()} == before
 
 
+def test_a_run_of_an_earlier_version_goes_on(run, trained, straight):
+    """One whose checkpoint names fewer flags, and keeps no average, ends as it would have."""
+    run.copy("one", "of old")
+    content = load(trained / LAST)
+    del content["average_state"], content["config"]["mirror_mean"]
+    for name in ("ema_decay", "mirror_mean", "compile"):
+        del content["args"][name]
+    torch.save(content, run.folder / "of old" / LAST)
+    last = load(run.resume("of old", "--epochs", "2") / LAST)
+    assert differing(last["model_state"], load(straight / LAST)["model_state"]) == []
+
+
 @pytest.mark.parametrize("change", ["caption", "photo gone"])
 def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
     """A changed caption or a lost photo makes another run of it, though all flags are the same."""
