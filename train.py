@@ -57,7 +57,7 @@ from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
 from src.pixels import PixelStore, store_size
 from src.plots import plot_curves
-from src.recipes import add_model_arguments, add_training_arguments, apply_recipe
+from src.recipes import RECIPES, add_model_arguments, add_training_arguments, apply_recipe
 from src.report import (
     check_strict,
     plot_examples,
@@ -101,10 +101,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, tuple | None
         return args, None
     results = resolve_results(args)
     earlier = load_run(results)
+    # A run of an earlier version lacks what the seed recipe leaves off.
+    flags = {**RECIPES["seed"], **earlier[2]["args"]}
     # The run's flags, but for its place: the folder may have been moved since.
-    parser.set_defaults(**{**earlier[2]["args"], "results_dir": results.folder})
+    parser.set_defaults(**{**flags, "results_dir": results.folder})
     args = parser.parse_args(argv)
-    compare_flags(plain(args), earlier[2]["args"])
+    compare_flags(plain(args), flags)
     return args, earlier
 
 
@@ -185,8 +187,8 @@ def train(
             for progress in train_one_epoch(
                 model, its_train_set, optimizer, scheduler, run.scaler, progress=run.progress,
                 batch_size=args.batch_size, captions_per_image=args.captions_per_image,
-                flip=args.flip, seed=args.seed, epoch=epoch, dtype=dtype,
-                chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
+                flip=args.flip, crop_scale=args.crop_scale, seed=args.seed, epoch=epoch,
+                dtype=dtype, chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
             ):
                 run.advance(progress)
                 stop = any_process(request.signal is not None)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.quality_data import Data, add_data_arguments
+from benchmarks.quality_data import Data, add_data_arguments, read_features
 from benchmarks.quality_model import build_model, row_loss, row_optimizer
 from benchmarks.quality_rows import ROWS, Row
 from benchmarks.timing import machine
@@ -124,10 +124,12 @@ def open_data(args: argparse.Namespace) -> Data:
     folder = args.cache_dir or args.images.parent
     names = [record.name for split in ("train", "val") for record in source.splits[split]]
     store = PixelStore.build(folder, args.images, names, store_size(args.image_size))
-    encoder = ImageEncoder("efficientnet-b0", args.image_size)
-    encoder.load_weights(args.weights)
     records = {split: [r for r in source.splits[split] if r.name in store.rows]
                for split in ("train", "val")}
+    if args.features:
+        return Data(records, store, None, folder, read_features(args.features, records))
+    encoder = ImageEncoder("efficientnet-b0", args.image_size)
+    encoder.load_weights(args.weights)
     return Data(records, store, encoder, folder)
 
 
@@ -140,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="a file that takes a line of JSON for each run")
+    parser.add_argument("--features", type=Path, metavar="FILE.npz",
+                        help="another network's, in place of EfficientNet's: `names` of the "
+                        "photos, and `centre`, `mirror` (photos, 1280) as far as rows ask for them")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     args = parser.parse_args(argv)
     rows = [row for row in ROWS if row.name in (args.rows or [row.name])]

@@ -14,12 +14,14 @@ import torch
 from benchmarks.quality_rows import Row
 from src.annotations import ImageRecord
 from src.dataset import Flickr30kDataset
+from src.errors import UserError
 from src.features import frozen_features
 from src.image_encoder import ImageEncoder
 from src.pixels import PixelStore
 from src.tokenizer import Tokenizer, split_words
 
 CONTEXT_LENGTH = 32
+FEATURE_DIM = 1280  # of EfficientNet-B0
 ENDINGS = ("ingly", "ings", "ing", "edly", "ies", "ers", "er", "ed", "es", "s", "ly", "y")
 
 
@@ -36,17 +38,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Data:
-    """What all rows share: records of both splits, pixels, the frozen encoder, kept features."""
+    """What all rows share: records of both splits, pixels, the frozen encoder, kept features.
+
+    There is no encoder where all features that there will be came from a file.
+    """
 
     records: dict[str, list[ImageRecord]]
     store: PixelStore
-    encoder: ImageEncoder
+    encoder: ImageEncoder | None
     folder: Path
     known: dict = field(default_factory=dict)
 
     def features(self, split: str, view: str) -> torch.Tensor:
         """(N, F) features of each photo's `view`; they depend on nothing that rows change."""
         if (split, view) not in self.known:
+            if self.encoder is None:
+                raise UserError(f"a row asks for the view '{view}' of the photos, which --features "
+                                "lacks: leave that row out, or bring it")
             dataset = Flickr30kDataset(self.records[split], self.store, Tokenizer.from_captions(
                 [], min_freq=1, context_length=1))
             size = self.encoder.image_size
@@ -69,6 +77,34 @@ class Data:
             [replace(r, captions=tuple(map(spell, r.captions))) for r in self.records[split]],
             self.store, tokenizer) for split in ("train", "val"))
         return train.holding(torch.arange(len(train.records))), val, len(tokenizer)
+
+
+def read_features(
+    path: Path, records: dict[str, list[ImageRecord]]
+) -> dict[tuple[str, str], torch.Tensor]:
+    """Features that another network gave, for `Data.known`: (split, view) -> (N, F).
+
+    Args:
+        path: an .npz file of `names`, and for each view, 'centre' and 'mirror' say, (N, F) numbers.
+        records: of each split; every photo must be among the names.
+
+    Raises:
+        UserError: no such file, or it does not fit.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        row_of = {name: row for row, name in enumerate(arrays.pop("names"))}
+        rows = {split: np.array([row_of[r.name] for r in own]) for split, own in records.items()}
+        found = {(split, view): torch.from_numpy(array[rows[split]]).float()
+                 for view, array in arrays.items() for split in records}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path} holds no features of these photos: {error}") from error
+    for (_, view), features in found.items():
+        if features.ndim != 2 or features.shape[1] != FEATURE_DIM:
+            raise UserError(f"{path}: {view} has shape {tuple(features.shape)}; a photo's features "
+                            f"are to be {FEATURE_DIM} numbers, as EfficientNet-B0's are")
+    return found
 
 
 def _speller(row: Row, captions: list[str]) -> Callable[[str], str]:

@@ -13,12 +13,13 @@ import torch
 
 import train
 from benchmarks import finetune, quality
-from benchmarks.quality_data import Data
+from benchmarks.quality_data import Data, read_features
 from benchmarks.quality_model import WeighedWords, build_model, row_loss
 from benchmarks.quality_rows import CROPS, PLAIN, ROWS, SEED, STRONG, Row
 from src.annotations import read_annotations
 from src.dataset import Flickr30kDataset
 from src.engine import train_one_epoch
+from src.errors import UserError
 from src.image_encoder import ImageEncoder
 from src.loss import contrastive_loss
 from src.model import DualEncoder, ModelConfig
@@ -176,6 +177,42 @@ def test_a_view_is_that_of_changed_pixels(data: Data) -> None:
     torch.testing.assert_close(fresh.features("val", "mirror"), mirrored.features("val", "centre"))
     centre, *others = (fresh.features("val", view) for view in CROPS)
     assert not any(torch.equal(centre, other) for other in others)
+
+
+def test_features_of_another_network(
+    tmp_path: Path, data: Data, tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each photo gets the row of its name, in whatever order the file has them."""
+    images, annotations = tiny_data
+    names = sorted(path.name for path in images.iterdir())
+    order = np.random.default_rng(0).permutation(len(names))
+    centre = np.random.default_rng(1).normal(size=(len(names), 1280)).astype(np.float32)
+    file = tmp_path / "features.npz"
+    np.savez(file, names=np.array(names)[order], centre=centre[order])
+    known = read_features(file, data.records)
+    for split in data.records:
+        for record, row in zip(data.records[split], known[split, "centre"], strict=True):
+            assert np.array_equal(row, centre[names.index(record.name)])
+    flags = ["--features", str(file), "--images", str(images), "--annotations", str(annotations),
+             "--image-size", "32", "--seeds", "1", "--rows"]
+    assert quality.main([*flags, "seed"]) == 0
+    assert "| `seed` |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="view 'mirror'"):
+        quality.main([*flags, "strong-heads"])
+
+
+def test_features_that_do_not_fit(tmp_path: Path, data: Data) -> None:
+    """No file, no names, a photo that is not in it, numbers of another network: one message."""
+    names = [record.name for split in data.records.values() for record in split]
+    file = tmp_path / "features.npz"
+    for arrays in (None, {"centre": np.zeros((len(names), 1280))},
+                   {"names": names[1:], "centre": np.zeros((len(names) - 1, 1280))},
+                   {"names": names, "centre": np.zeros((3, 1280))},
+                   {"names": names, "centre": np.zeros((len(names), 512))}):
+        if arrays:
+            np.savez(file, **arrays)
+        with pytest.raises(UserError, match="features.npz"):
+            read_features(file, data.records)
 
 
 def test_kept_runs_are_not_trained_again(

@@ -364,6 +364,7 @@ def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
 @pytest.mark.parametrize("flags", [
     ("--min-freq", "30"), ("--embed-dim", "8"), ("--seed", "1"), ("--max-images", "8"),
     ("--batch-size", "3"), ("--schedule", "cosine"), ("--dropout", "0.5"), ("--no-flip",),
+    ("--crop-scale", "0.5"),
 ], ids=" ".join)
 def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
     """Other sizes, another split or recipe: refused by name, and nothing is overwritten."""
@@ -379,9 +380,11 @@ def test_a_run_of_an_earlier_version_goes_on(run, trained, straight):
     run.copy("one", "of old")
     content = load(trained / LAST)
     del content["average_state"], content["config"]["mirror_mean"]
-    for name in ("ema_decay", "mirror_mean", "compile"):
+    for name in ("ema_decay", "mirror_mean", "crop_scale", "compile"):
         del content["args"][name]
     torch.save(content, run.folder / "of old" / LAST)
+    with pytest.raises(UserError, match="--ema-decay was 0.0, is 0.9"):
+        run.resume("of old", "--epochs", "2", "--ema-decay", "0.9")
     last = load(run.resume("of old", "--epochs", "2") / LAST)
     assert differing(last["model_state"], load(straight / LAST)["model_state"]) == []
 
@@ -636,7 +639,8 @@ def test_the_demo_has_a_recipe_of_its_own():
     ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"],
     ["--val-fraction", "1"], ["--dropout", "1.5"], ["--max-images", "0"], ["--schedule", "linear"],
     ["--image-encoder", "resnet50"], ["--weight-decay", "-0.1"], ["--weight-decay", "nan"],
-    ["--warmup-steps", "-1"], ["--recipe", "weak"], ["--save-every", "-1"], ["--chunk-size", "0"],
+    ["--crop-scale", "0"], ["--crop-scale", "1.5"], ["--warmup-steps", "-1"], ["--recipe", "weak"],
+    ["--save-every", "-1"], ["--chunk-size", "0"],
 ], ids=" ".join)
 def test_values_without_sense_are_refused(argv, capsys):
     """A value that cannot be meant ends in argparse's message, which names its flag."""
