@@ -26,7 +26,7 @@ from benchmarks.quality_model import build_model, row_loss, row_optimizer
 from benchmarks.quality_rows import ROWS, Row
 from benchmarks.timing import machine
 from src.dataset import Flickr30kDataset, open_source
-from src.errors import run_script
+from src.errors import UserError, run_script
 from src.image_encoder import ImageEncoder
 from src.metrics import retrieval_metrics
 from src.model import DualEncoder
@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME",
                         help="(default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--keep", type=Path, help="a file that takes a line of JSON for each run")
+    parser.add_argument("--keep", type=Path, help="a file that takes a line of JSON for each run; "
+                        "one file for each choice of features")
     parser.add_argument("--features", type=Path, metavar="FILE.npz",
                         help="another network's, in place of EfficientNet's: `names` of the "
                         "photos, and `centre`, `mirror` (photos, 1280) as far as rows ask for them")
@@ -156,6 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     lines = args.keep.read_text().splitlines() if args.keep and args.keep.exists() else []
     known = [json.loads(line) for line in lines]
+    shown = {"features": str(args.features or args.weights), "image_size": args.image_size}
+    if args.seeds and any(run.get("shown", shown) != shown for run in known):
+        raise UserError(f"{args.keep} holds runs on other features or of another --image-size: "
+                        "choose another file for these")
     data = open_data(args) if args.seeds else None
     print(machine())
     about = ""
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.keep:
                 with open(args.keep, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"name": row.name, "seed": seed, "metrics": runs[seed],
-                                           "settings": settings(row)}) + "\n")
+                                           "settings": settings(row), "shown": shown}) + "\n")
         if runs and row.about != about:
             about = row.about
             print(f"\n### {about}\n\n{HEAD}")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -92,13 +93,13 @@ def read_features(
         UserError: no such file, or it does not fit.
     """
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as stream, np.load(stream) as file:
             arrays = dict(file)
         row_of = {name: row for row, name in enumerate(arrays.pop("names"))}
         rows = {split: np.array([row_of[r.name] for r in own]) for split, own in records.items()}
         found = {(split, view): torch.from_numpy(array[rows[split]]).float()
                  for view, array in arrays.items() for split in records}
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, BadZipFile, EOFError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path} holds no features of these photos: {error}") from error
     for (_, view), features in found.items():
         if features.ndim != 2 or features.shape[1] != FEATURE_DIM:

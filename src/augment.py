@@ -66,7 +66,10 @@ def draw_boxes(batch: int, smallest: float, flip: bool) -> torch.Tensor:
     """
     area = smallest + (1 - smallest) * torch.rand(batch)
     shape = torch.exp(math.log(4 / 3) * (2 * torch.rand(batch) - 1))
-    height, width = (area / shape).sqrt().clamp(max=1), (area * shape).sqrt().clamp(max=1)
+    # Where a side would be longer than the photo, the other makes up for it: the area stays.
+    height = (area / shape).sqrt().clamp(max=1)
+    width = (area / height).clamp(max=1)
+    height = area / width
     top, left = torch.rand(batch) * (1 - height), torch.rand(batch) * (1 - width)
     mirrored = torch.rand(batch) < (0.5 if flip else 0.0)
     return torch.stack([top, left, height, width, mirrored], dim=1)

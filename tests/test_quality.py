@@ -213,6 +213,15 @@ def test_features_that_do_not_fit(tmp_path: Path, data: Data) -> None:
             np.savez(file, **arrays)
         with pytest.raises(UserError, match="features.npz"):
             read_features(file, data.records)
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no zip file"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="features.npz"):
+            read_features(file, data.records)
+    with open(file, "wb") as lone:
+        np.save(lone, np.zeros((len(names), 1280)))
+    with pytest.raises(UserError, match="features.npz"):
+        read_features(file, data.records)
 
 
 def test_kept_runs_are_not_trained_again(
@@ -228,6 +237,8 @@ def test_kept_runs_are_not_trained_again(
     assert quality.main([*flags, "--seeds", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == line
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="runs.jsonl holds runs on other features"):
+        quality.main([*flags, "--features", str(tmp_path / "features.npz")])
 
 
 def test_fine_tuning_in_as_many_image_passes(tmp_path: Path, capsys: pytest.CaptureFixture,

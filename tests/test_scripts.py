@@ -17,6 +17,8 @@ from conftest import make_tiny_data
 import main as main_script
 import train
 import train_image_only
+from src import engine
+from src.augment import resized_view
 from src.checkpoint import load_checkpoint
 from src.engine import Progress, train_one_epoch
 from src.errors import UserError, run_script
@@ -544,6 +546,21 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
         interrupt(patch, 2, power_cut)
         run("average cut", *flags, "--save-every", "0", epochs=1)
     assert_same_run(run.resume("average cut"), results)
+
+
+def test_crop_scale_is_what_is_trained_on(run, monkeypatch):
+    """With --crop-scale photos come as boxes of that share at least; without it as crops."""
+    smallest = []
+
+    def view(pixels, image_size, boxes):
+        smallest.append((boxes[:, 2] * boxes[:, 3]).min().item())
+        return resized_view(pixels, image_size, boxes)
+
+    monkeypatch.setattr(engine, "resized_view", view)
+    run("crops", epochs=1)
+    assert smallest == []
+    run("boxes", "--crop-scale", "0.5", epochs=3)
+    assert 0.5 - 1e-6 <= min(smallest) < 0.6
 
 
 def test_max_images(run, stubs, capsys):
