@@ -31,10 +31,10 @@ from src.dataset import Flickr30kDataset, open_source
 from src.distributed import end_processes, rank, start_processes
 from src.errors import UserError, run_script
 from src.files import write_atomic
+from src.inputs import open_datasets
 from src.mistakes import find_mistakes, plot_mistakes
 from src.model import DualEncoder
-from src.pixels import PixelStore, store_size
-from src.report import check_strict, format_table, remarks_of, write_rejected
+from src.report import format_table
 from src.retrieval import evaluate_retrieval
 from src.runtime import keep_freed_memory, pick_device
 from src.tokenizer import Tokenizer
@@ -107,15 +107,10 @@ def open_split(
     if not records:
         there = ", ".join(split for split, records in source.splits.items() if records)
         raise UserError(f"{data.annotations} has no {args.split} photos; there are: {there}")
-    names = [record.name for record in records]
-    store = PixelStore.build(
-        data.cache, data.images, names, store_size(model.config.image_size)
+    [dataset] = open_datasets(
+        source, [records], tokenizer, model.config.image_size, cache=data.cache,
+        rejected=results.folder / f"rejected_{args.split}.csv", strict=args.strict,
     )
-    dataset = Flickr30kDataset(records, store, tokenizer)
-    if rank() == 0:
-        print(write_rejected(results.folder / f"rejected_{args.split}.csv", source, store, dataset))
-    if args.strict:
-        check_strict(remarks_of(source, store))
     if not dataset.records:
         raise UserError(f"no {args.split} photo could be read")
     return dataset

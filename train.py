@@ -53,18 +53,12 @@ from src.errors import UserError, run_script
 from src.features import frozen_features
 from src.feed import keep_on_device
 from src.files import only_writer, write_atomic
+from src.inputs import open_datasets
 from src.model import DualEncoder, ModelConfig
 from src.optim import build_optimizer, build_schedule
-from src.pixels import PixelStore, store_size
 from src.plots import plot_curves
 from src.recipes import RECIPES, add_model_arguments, add_training_arguments, apply_recipe
-from src.report import (
-    check_strict,
-    plot_examples,
-    print_metrics,
-    remarks_of,
-    write_rejected,
-)
+from src.report import plot_examples, print_metrics
 from src.retrieval import evaluate_retrieval
 from src.run_state import RunState, compare_flags, load_run
 from src.runtime import (
@@ -216,17 +210,11 @@ def open_sets(
     source = open_source(
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )
-    train_records, val_records = source.splits["train"], source.splits["val"]
-    names = [record.name for record in train_records + val_records]
-    store = PixelStore.build(data.cache, data.images, names, store_size(args.image_size))
-    captions = [caption for record in train_records for caption in record.captions]
+    splits = [source.splits["train"], source.splits["val"]]
+    captions = [caption for record in splits[0] for caption in record.captions]
     tokenizer = Tokenizer.from_captions(captions, args.min_freq, args.context_length)
-    sets = [Flickr30kDataset(records, store, tokenizer)
-            for records in (train_records, val_records)]
-    if rank() == 0:
-        print(write_rejected(results.folder / "rejected.csv", source, store, *sets))
-    if args.strict:
-        check_strict(remarks_of(source, store))
+    sets = open_datasets(source, splits, tokenizer, args.image_size, cache=data.cache,
+                         rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), sets, strict=True):
         print(f"{split}: {len(dataset.records):,} photos, {len(dataset):,} captions")
         if len(dataset.records) < 2:

@@ -50,8 +50,9 @@ class RunState:
         self.flags, self.data = flags, data
         self.log: list[dict] = []
         self.progress: Progress | None = None
+        self.ema_decay = ema_decay
         self._average = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True,
+            model, multi_avg_fn=self._average_with, use_buffers=True,
         ) if ema_decay else None
 
     @property
@@ -64,6 +65,15 @@ class RunState:
         self.progress = progress
         if self._average:
             self._average.update_parameters(self.model)
+
+    def _average_with(
+        self, averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor
+    ) -> None:
+        # While there are few steps the average forgets them sooner, or the random start would weigh
+        # for hundreds of steps: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
+        # Optimization", ICML 2013, with eta 3, where a step weighs about as its number cubed.
+        kept = min(self.ema_decay, (self.steps - 1) / (self.steps + 3))
+        get_ema_multi_avg_fn(kept)(averages, weights, n_averaged)
 
     @property
     def steps(self) -> int:

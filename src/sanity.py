@@ -21,10 +21,10 @@ from src.augment import eval_view
 from src.dataset import Source
 from src.errors import printable
 from src.image_file import leading_out, load_square
+from src.inputs import remarks_of
 from src.loss import contrastive_loss
 from src.model import DualEncoder, ModelConfig
 from src.pixels import store_size
-from src.report import remarks_of
 from src.runtime import seed_all
 from src.tokenizer import Tokenizer, split_words
 

@@ -26,8 +26,8 @@ from benchmarks.bad_input import (
 from src.dataset import Flickr30kDataset, Source, open_source
 from src.errors import UserError, printable, run_script
 from src.image_file import load_square
+from src.inputs import HARMLESS, check_strict, remarks_of, write_rejected
 from src.pixels import PixelStore
-from src.report import HARMLESS, check_strict, remarks_of, write_rejected
 from src.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

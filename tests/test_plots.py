@@ -14,10 +14,11 @@ import torch
 from src.annotations import Annotations, ImageRecord, Remark
 from src.dataset import Flickr30kDataset, Source
 from src.image_file import load_image
+from src.inputs import write_rejected
 from src.model import DualEncoder, ModelConfig
 from src.pixels import PixelStore
 from src.plots import SheetRow, plot_contact_sheet, plot_curves
-from src.report import format_table, plot_examples, print_metrics, write_rejected
+from src.report import format_table, plot_examples, print_metrics
 from src.tokenizer import Tokenizer
 
 GREEN = (42, 157, 98)
