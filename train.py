@@ -181,8 +181,8 @@ def train(
             for progress in train_one_epoch(
                 model, its_train_set, optimizer, scheduler, run.scaler, progress=run.progress,
                 batch_size=args.batch_size, captions_per_image=args.captions_per_image,
-                flip=args.flip, crop_scale=args.crop_scale, seed=args.seed, epoch=epoch,
-                dtype=dtype, chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
+                flip=args.flip, seed=args.seed, epoch=epoch, dtype=dtype,
+                chunk_size=args.chunk_size, freeze_batchnorm=args.freeze_batchnorm,
             ):
                 run.advance(progress)
                 stop = any_process(request.signal is not None)

@@ -181,14 +181,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def positive_fraction(text: str) -> float:
-    """argparse type: a number above 0, to 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("must be above 0, and 1 at most")
-    return value
-
-
 def recall_arguments(
     parser: argparse.ArgumentParser, argv: list[str] | None, content: dict
 ) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from src.augment import draw_boxes, draw_places, resized_view, train_view
+from src.augment import draw_places, train_view
 from src.dataset import Batch, Flickr30kDataset
 from src.distributed import average_gradients, gather_rows, rank, shares
 from src.errors import UserError
@@ -61,7 +61,6 @@ def train_one_epoch(
     batch_size: int,
     captions_per_image: int,
     flip: bool,
-    crop_scale: float = 1.0,
     seed: int,
     epoch: int,
     dtype: torch.dtype = torch.float32,
@@ -78,8 +77,6 @@ def train_one_epoch(
         batch_size: photos a step, of all processes together.
         captions_per_image: captions that each photo of a batch brings.
         flip: mirror half of the photos.
-        crop_scale: share of a photo's area that a box, cut out and brought to size, has at least;
-            1 for a crop of the full size.
         seed, epoch: with the step's number the source of all randomness.
         dtype: of products and convolutions, as `compute_dtype` gives it.
         chunk_size: photos in memory at a time, None for the whole batch; see `backward`.
@@ -104,8 +101,8 @@ def train_one_epoch(
               disable=None if rank() == 0 else True, file=sys.stderr) as bar:
         for batch in feed(dataset, batches[progress.step :], device):
             progress.waited += time.perf_counter() - asked
-            loss = backward(model, scaler, batch, flip=flip, crop_scale=crop_scale,
-                            key=(seed, epoch, progress.step), dtype=dtype, chunk_size=chunk_size)
+            loss = backward(model, scaler, batch, flip=flip, key=(seed, epoch, progress.step),
+                            dtype=dtype, chunk_size=chunk_size)
             here = torch.stack([torch.full_like(loss, progress.step),
                                 torch.full_like(loss, scheduler.get_last_lr()[0]),
                                 model.logit_scale.detach()])
@@ -133,8 +130,7 @@ def train_one_epoch(
 
 def backward(
     model: DualEncoder, scaler: torch.amp.GradScaler, batch: Batch, *, flip: bool,
-    key: tuple[int, ...], crop_scale: float = 1.0, dtype: torch.dtype = torch.float32,
-    chunk_size: int | None = None,
+    key: tuple[int, ...], dtype: torch.dtype = torch.float32, chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Add the gradients of a batch's loss to the parameters', over all processes.
 
@@ -146,7 +142,7 @@ def backward(
 
     Args:
         scaler: scales the loss where half precision needs it.
-        flip, crop_scale: as `train_one_epoch` takes them.
+        flip: mirror half of the photos.
         key: seeds all that is random.
         dtype: of products and convolutions.
         chunk_size: photos in memory at a time; None for all at once.
@@ -155,12 +151,9 @@ def backward(
         The loss of the whole batch, a scalar without gradient.
     """
     seed_all(*key)
-    size = model.config.image_size
     if batch.images.ndim == 4:  # pixels; features of a frozen encoder have no places to cut from
-        n_photos, slack = len(batch.counts), batch.images.shape[1] - size
-        places = (draw_places(n_photos, slack, flip) if crop_scale == 1
-                  else draw_boxes(n_photos, crop_scale, flip))
-        places = places[batch.rows.start : batch.rows.stop]
+        slack = batch.images.shape[1] - model.config.image_size
+        places = draw_places(len(batch.counts), slack, flip)[batch.rows.start : batch.rows.stop]
     pieces = batch.pieces(chunk_size)
 
     def embed(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +161,7 @@ def backward(
         seed_all(*key, rank(), number)  # of dropout
         images = batch.images[photos]
         if images.ndim == 4:
-            view = train_view if crop_scale == 1 else resized_view
-            images = view(images, size, places[photos])
+            images = train_view(images, model.config.image_size, places[photos])
         with autocast(images.device, dtype):
             return model(images, batch.tokens[captions])
 

@@ -12,7 +12,6 @@ from src.cli import (
     non_negative_float,
     non_negative_int,
     positive_float,
-    positive_fraction,
     positive_int,
 )
 from src.image_encoder import IMAGE_ENCODERS
@@ -24,7 +23,7 @@ RECIPES = {
         weights="imagenet", image_size=224, min_freq=2, token_dim=512, dropout=0.1,
         drop_connect=0.2, word_dropout=0.0, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
         image_encoder_lr=None, weight_decay=0.01, schedule="constant", warmup_steps=0, flip=True,
-        crop_scale=1.0, head_epochs=0, freeze_batchnorm=False, mirror_mean=False,
+        head_epochs=0, freeze_batchnorm=False, mirror_mean=False,
         ema_decay=0.0,
     ),
 }
@@ -97,9 +96,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        "keeps this share; 0 for the weights themselves (default: %(default)s)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction,
                        help="mirror half of the photos (default: %(default)s)")
-    group.add_argument("--crop-scale", type=positive_fraction, metavar="SHARE",
-                       help="train on boxes of each photo, from this share of its area to all of "
-                       "it, brought to size; 1 for crops of the full size (default: %(default)s)")
     group.add_argument("--freeze-image-encoder", action="store_true",
                        help="compute the image features once, keep them, and train the rest on "
                        "them: minutes on a laptop")

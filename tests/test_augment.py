@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    draw_boxes,
-    draw_places,
-    eval_view,
-    resized_view,
-    train_view,
-)
+from src.augment import IMAGENET_MEAN, IMAGENET_STD, draw_places, eval_view, train_view
 
 
 def pixels(batch: int = 6, size: int = 11) -> torch.Tensor:
@@ -62,61 +54,6 @@ def test_places_reach_from_edge_to_edge() -> None:
     assert set(top.tolist()) == set(left.tolist()) == {0, 1, 2, 3}
     assert not mirrored.any()
     assert not torch.equal(top, left)
-
-
-def bilinear(photo: torch.Tensor, y: float, x: float) -> torch.Tensor:
-    """The colour (3,) of a photo (S, S, 3) at pixel coordinates, of the four pixels around."""
-    size = len(photo)
-    y, x = (min(max(place, 0), size - 1) for place in (y, x))
-    top, left = min(int(y), size - 2), min(int(x), size - 2)
-    down, right = y - top, x - left
-    return ((1 - down) * ((1 - right) * photo[top, left] + right * photo[top, left + 1])
-            + down * ((1 - right) * photo[top + 1, left] + right * photo[top + 1, left + 1]))
-
-
-@pytest.mark.parametrize("image_size", [5, 11, 16])
-def test_resized_view_is_a_box_brought_to_size(image_size: int) -> None:
-    """Pixel by pixel: the colour where the result's pixel lies in its photo's box."""
-    torch.manual_seed(0)
-    stored = pixels()
-    boxes = draw_boxes(6, 0.2, flip=True)
-    assert 0 < boxes[:, 4].sum() < 6
-    view = resized_view(stored, image_size, boxes)
-    assert view.shape == (6, 3, image_size, image_size) and view.dtype == torch.float32
-    assert view.is_contiguous(memory_format=torch.channels_last)
-    for i, (top, left, height, width, mirrored) in enumerate(boxes.tolist()):
-        along = [(k + 0.5) / image_size for k in range(image_size)]
-        expected = torch.stack([torch.stack([
-            bilinear(stored[i].double(), (top + height * v) * 11 - 0.5,
-                     (left + width * (1 - u if mirrored else u)) * 11 - 0.5)
-            for u in along]) for v in along])
-        torch.testing.assert_close(view[i], normalised(expected).float(), atol=1e-4, rtol=1e-4)
-
-
-def test_the_box_of_the_whole_photo_is_the_photo() -> None:
-    """Nothing is resampled where nothing changes size."""
-    stored = pixels()
-    whole = torch.tensor([0.0, 0, 1, 1, 0]).expand(6, 5)
-    torch.testing.assert_close(resized_view(stored, 11, whole), eval_view(stored, 11),
-                               atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("smallest", [0.3, 0.9])
-def test_boxes_of_all_sizes_shapes_and_places_come(smallest: float) -> None:
-    """They lie in the photo, and spread over the areas, the shapes and the places there are."""
-    torch.manual_seed(0)
-    top, left, height, width, mirrored = draw_boxes(4000, smallest, flip=True).unbind(1)
-    assert (torch.stack([top, left]) >= 0).all()
-    assert (top + height <= 1 + 1e-6).all() and (left + width <= 1 + 1e-6).all()
-    assert 0.45 < mirrored.mean() < 0.55
-    assert not draw_boxes(100, smallest, flip=False)[:, 4].any()
-    area, shape = height * width, width / height
-    assert (area >= smallest - 1e-6).all() and area.min() < smallest + 0.02
-    assert area.mean() == pytest.approx((1 + smallest) / 2, abs=0.02)
-    assert (shape > 0.74).all() and (shape < 1.34).all()
-    assert (shape.log().mean()).abs() < 0.02 and (top.mean() - left.mean()).abs() < 0.01
-    free = 1 - height > 0.05
-    assert (top[free] / (1 - height[free])).mean() == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("image_size", [8, 9, 11])

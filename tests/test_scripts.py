@@ -17,8 +17,6 @@ from conftest import make_tiny_data
 import main as main_script
 import train
 import train_image_only
-from src import engine
-from src.augment import resized_view
 from src.checkpoint import load_checkpoint
 from src.engine import Progress, train_one_epoch
 from src.errors import UserError, run_script
@@ -366,7 +364,6 @@ def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
 @pytest.mark.parametrize("flags", [
     ("--min-freq", "30"), ("--embed-dim", "8"), ("--seed", "1"), ("--max-images", "8"),
     ("--batch-size", "3"), ("--schedule", "cosine"), ("--dropout", "0.5"), ("--no-flip",),
-    ("--crop-scale", "0.5"),
 ], ids=" ".join)
 def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
     """Other sizes, another split or recipe: refused by name, and nothing is overwritten."""
@@ -382,7 +379,7 @@ def test_a_run_of_an_earlier_version_goes_on(run, trained, straight):
     run.copy("one", "of old")
     content = load(trained / LAST)
     del content["average_state"], content["config"]["mirror_mean"]
-    for name in ("ema_decay", "mirror_mean", "crop_scale", "compile"):
+    for name in ("ema_decay", "mirror_mean", "compile"):
         del content["args"][name]
     torch.save(content, run.folder / "of old" / LAST)
     with pytest.raises(UserError, match="--ema-decay was 0.0, is 0.9"):
@@ -549,21 +546,6 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
     assert_same_run(run.resume("average cut"), results)
 
 
-def test_crop_scale_is_what_is_trained_on(run, monkeypatch):
-    """With --crop-scale photos come as boxes of that share at least; without it as crops."""
-    smallest = []
-
-    def view(pixels, image_size, boxes):
-        smallest.append((boxes[:, 2] * boxes[:, 3]).min().item())
-        return resized_view(pixels, image_size, boxes)
-
-    monkeypatch.setattr(engine, "resized_view", view)
-    run("crops", epochs=1)
-    assert smallest == []
-    run("boxes", "--crop-scale", "0.5", epochs=3)
-    assert 0.5 - 1e-6 <= min(smallest) < 0.6
-
-
 def test_max_images(run, stubs, capsys):
     """--max-images takes that many photos, of both splits."""
     stubs.rsums = [1.0]
@@ -657,8 +639,7 @@ def test_the_demo_has_a_recipe_of_its_own():
     ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"],
     ["--val-fraction", "1"], ["--dropout", "1.5"], ["--max-images", "0"], ["--schedule", "linear"],
     ["--image-encoder", "resnet50"], ["--weight-decay", "-0.1"], ["--weight-decay", "nan"],
-    ["--crop-scale", "0"], ["--crop-scale", "1.5"], ["--warmup-steps", "-1"], ["--recipe", "weak"],
-    ["--save-every", "-1"], ["--chunk-size", "0"],
+    ["--warmup-steps", "-1"], ["--recipe", "weak"], ["--save-every", "-1"], ["--chunk-size", "0"],
 ], ids=" ".join)
 def test_values_without_sense_are_refused(argv, capsys):
     """A value that cannot be meant ends in argparse's message, which names its flag."""
