@@ -93,7 +93,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="steps of linear warm-up (default: %(default)s)")
     group.add_argument("--ema-decay", type=fraction, metavar="SHARE",
                        help="evaluate and keep a moving average of the weights, of which each step "
-                       "keeps this share; 0 for the weights themselves (default: %(default)s)")
+                       "keeps this share, and less in a run's first steps; 0 for the weights "
+                       "themselves (default: %(default)s)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction,
                        help="mirror half of the photos (default: %(default)s)")
     group.add_argument("--freeze-image-encoder", action="store_true",

@@ -43,14 +43,15 @@ class RunState:
         Args:
             flags: what it was told, as plain values.
             data: what it trains and validates on, as digests.
-            ema_decay: what a step keeps of the moving average of the weights, 0 for no average.
+            ema_decay: what a step keeps of the moving average of the weights once there are many
+                steps, 0 for no average.
         """
         self.model, self.tokenizer = model, tokenizer
         self.optimizer, self.scaler = optimizer, scaler
         self.flags, self.data = flags, data
         self.log: list[dict] = []
         self.progress: Progress | None = None
-        self.ema_decay = ema_decay
+        self._ema_decay = ema_decay
         self._average = AveragedModel(
             model, multi_avg_fn=self._average_with, use_buffers=True,
         ) if ema_decay else None
@@ -72,7 +73,7 @@ class RunState:
         # While there are few steps the average forgets them sooner, or the random start would weigh
         # for hundreds of steps: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
         # Optimization", ICML 2013, with eta 3, where a step weighs about as its number cubed.
-        kept = min(self.ema_decay, (self.steps - 1) / (self.steps + 3))
+        kept = min(self._ema_decay, (self.steps - 1) / (self.steps + 3))
         get_ema_multi_avg_fn(kept)(averages, weights, n_averaged)
 
     @property
