@@ -70,8 +70,8 @@ class RunState:
     def _average_with(
         self, averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor
     ) -> None:
-        # While there are few steps the average forgets them sooner, or the random start would weigh
-        # for hundreds of steps: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
+        # While there are few steps the average forgets sooner, or the random start would weigh for
+        # hundreds of steps: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
         # Optimization", ICML 2013, with eta 3, where a step weighs about as its number cubed.
         kept = min(self._ema_decay, (self.steps - 1) / (self.steps + 3))
         get_ema_multi_avg_fn(kept)(averages, weights, n_averaged)
