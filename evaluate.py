@@ -17,34 +17,34 @@ import json
 import time
 from pathlib import Path
 
-from src.checkpoint import load_checkpoint
 from src.cli import (
-    Results,
+    Parser,
     add_data_arguments,
     add_results_arguments,
     add_split_arguments,
-    recall_arguments,
+    defaults_from_checkpoint,
     resolve_data,
     resolve_results,
 )
-from src.dataset import Flickr30kDataset, open_source
-from src.distributed import end_processes, rank, start_processes
-from src.errors import UserError, run_script
-from src.files import write_atomic
-from src.inputs import open_datasets
-from src.mistakes import find_mistakes, plot_mistakes
-from src.model import DualEncoder
-from src.report import format_table
-from src.retrieval import evaluate_retrieval
-from src.runtime import keep_freed_memory, pick_device
-from src.tokenizer import Tokenizer
+from src.data.dataset import Flickr30kDataset
+from src.data.prepare import prepare_datasets
+from src.data.source import scan_dataset
+from src.evaluation.embed import evaluate_retrieval
+from src.evaluation.examples import find_mistakes, plot_mistakes
+from src.evaluation.metrics import format_table
+from src.models.checkpoint import load_checkpoint
+from src.models.dual_encoder import DualEncoder
+from src.models.tokenizer import Tokenizer
+from src.utils.distributed import destroy_distributed, init_distributed, rank
+from src.utils.errors import UserError, run_script
+from src.utils.files import write_atomic
+from src.utils.paths import ResultPaths
+from src.utils.runtime import pick_device, tune_malloc
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate one split, print the table, write the JSON. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_results_arguments(parser)
     add_data_arguments(parser)
     add_split_arguments(parser)
@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     results = resolve_results(args)
     checkpoint = args.checkpoint or results.best
     model, tokenizer, content = load_checkpoint(checkpoint)
-    args = recall_arguments(parser, argv, content)
-    keep_freed_memory()
-    start_processes()
+    args = defaults_from_checkpoint(parser, argv, content)
+    tune_malloc()
+    init_distributed()
     try:
         model.to(pick_device(args.device))
         dataset = open_split(args, results, model, tokenizer)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         is_first = rank() == 0
     finally:
-        end_processes()
+        destroy_distributed()
     if is_first:
         report = {
             "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,
@@ -86,12 +86,12 @@ def main(argv: list[str] | None = None) -> int:
         print(format_table(metrics))
         print(f"\n{output}")
         if args.mistakes:
-            tell_mistakes(args.mistakes, model, dataset)
+            report_mistakes(args.mistakes, model, dataset)
     return 0
 
 
 def open_split(
-    args: argparse.Namespace, results: Results, model: DualEncoder, tokenizer: Tokenizer
+    args: argparse.Namespace, results: ResultPaths, model: DualEncoder, tokenizer: Tokenizer
 ) -> Flickr30kDataset:
     """The photos and captions of the split that is asked for.
 
@@ -99,7 +99,7 @@ def open_split(
         UserError: there are none, or none can be read.
     """
     data = resolve_data(args)
-    source = open_source(
+    source = scan_dataset(
         data.images, data.annotations, args.val_fraction, args.seed, args.max_images
     )
     records = [record for split, records in source.splits.items() for record in records
@@ -107,7 +107,7 @@ def open_split(
     if not records:
         there = ", ".join(split for split, records in source.splits.items() if records)
         raise UserError(f"{data.annotations} has no {args.split} photos; there are: {there}")
-    [dataset] = open_datasets(
+    [dataset] = prepare_datasets(
         source, [records], tokenizer, model.config.image_size, cache=data.cache,
         rejected=results.folder / f"rejected_{args.split}.csv", strict=args.strict,
     )
@@ -116,7 +116,7 @@ def open_split(
     return dataset
 
 
-def tell_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:
+def report_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:
     """Draw the worst queries, and say how many mistakes no bag of words could have avoided."""
     mistakes = find_mistakes(model, dataset)
     if not mistakes:

@@ -25,32 +25,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.cli import (
-    Data,
+    Parser,
     add_results_arguments,
+    defaults_from_checkpoint,
     positive_int,
-    recall_arguments,
     resolve_data,
     resolve_results,
 )
-from src.errors import UserError, printable, run_script
-from src.index import ImageIndex
-from src.indexing import help_update, update_index
-from src.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
+from src.search.index import ImageIndex
+from src.search.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
+from src.search.update_index import help_update, update_index
+from src.utils.errors import UserError, printable, run_script
+from src.utils.paths import DataPaths
 
 # torch, Pillow and the rooms that need them are imported where they are used: a text over an index
 # that is up to date needs none of them, and their import takes ten times as long as its answer.
 if TYPE_CHECKING:
     import numpy as np
 
-    from src.model import DualEncoder
-    from src.tokenizer import Tokenizer
+    from src.models.dual_encoder import DualEncoder
+    from src.models.tokenizer import Tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_results_arguments(parser)
     what = parser.add_argument_group("what to look for")
     what.add_argument("query", nargs="*", help="texts, each a query of its own")
@@ -90,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = args.checkpoint or results.best
     load = functools.cache(lambda: load_model(checkpoint, args.device))
     if "RANK" in os.environ:
-        from src.distributed import end_processes, rank, start_processes
+        from src.utils.distributed import destroy_distributed, init_distributed, rank
 
-        start_processes()
+        init_distributed()
         if rank() > 0:
             help_update(lambda: load()[0])
-            end_processes()
+            destroy_distributed()
             return 0
     texts = read_queries(args)
     if not (texts or args.image or args.page or args.serve is not None):
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                         "name another with --checkpoint")
     indexes = results.folder / "index"
     table = load_words(args.index_dir or indexes, checkpoint, load)
-    data = resolve_data(recall_arguments(parser(), argv, {"args": table.args}))
+    data = resolve_data(defaults_from_checkpoint(parser(), argv, {"args": table.args}))
     queries = embed_queries(table, texts)
     for query in queries:
         for hint in spelling_hints(query.unknown, table):
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.index_dir or indexes / f"{images.resolve().name}-{key}"
     index = update_index(folder, images, table.checkpoint, table.dim, lambda: load()[0])
     if "RANK" in os.environ:
-        end_processes()
+        destroy_distributed()
 
     answers = [answer_text(query, index, images, args.top) for query in queries]
     if args.image:
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         page = args.page or results.folder / "page"
         write(page, table, index, data)
         if args.serve is not None:
-            from src.page_server import serve_page
+            from src.search.page_server import serve_page
 
             serve_page(page, args.serve)
     return 0
@@ -138,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, dict]:
     """A checkpoint with its model on a device: what `load_checkpoint` gives."""
-    from src.checkpoint import load_checkpoint
-    from src.runtime import keep_freed_memory, pick_device
+    from src.models.checkpoint import load_checkpoint
+    from src.utils.runtime import pick_device, tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     model, tokenizer, content = load_checkpoint(checkpoint)
     return model.to(pick_device(device)), tokenizer, content
 
@@ -176,7 +175,7 @@ def answer_text(query: TextQuery, index: ImageIndex, images: Path, top: int) -> 
 
 
 def answer_image(
-    path: Path, model: DualEncoder, tokenizer: Tokenizer, index: ImageIndex, data: Data, top: int
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, index: ImageIndex, data: DataPaths, top: int
 ) -> dict:
     """The photos most like a photo, and the known captions that fit it best, as plain values.
 
@@ -185,12 +184,12 @@ def answer_image(
     """
     import torch
 
-    from src.image_file import load_square
-    from src.pixels import store_size
-    from src.retrieval import embed_pixels, embed_tokens
+    from src.data.images import load_resized
+    from src.data.pixel_store import store_size
+    from src.evaluation.embed import embed_pixels, embed_tokens
 
     try:
-        pixels = torch.from_numpy(load_square(path, store_size(model.config.image_size)))
+        pixels = torch.from_numpy(load_resized(path, store_size(model.config.image_size)))
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     embedding = embed_pixels(model, pixels[None])  # (1, D)
@@ -212,11 +211,11 @@ def answer_image(
     }
 
 
-def known_captions(data: Data) -> dict[str, tuple[str, ...]]:
+def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
     """Photo name -> its captions, where there is a caption file."""
     if not data.annotations.exists():
         return {}
-    from src.annotations import read_annotations
+    from src.data.captions import read_annotations
 
     return {record.name: record.captions for record in read_annotations(data.annotations).records}
 
@@ -241,8 +240,8 @@ def draw_sheet(path: Path, answers: list[dict], top: int) -> None:
     """Draw each query with its top photos, five or fewer, as a PNG."""
     import numpy as np
 
-    from src.image_file import load_image
-    from src.plots import SheetRow, plot_contact_sheet
+    from src.data.images import load_image
+    from src.utils.plots import SheetRow, plot_contact_sheet
 
     def picture(file: str) -> np.ndarray:
         try:
@@ -260,9 +259,9 @@ def draw_sheet(path: Path, answers: list[dict], top: int) -> None:
     ])
 
 
-def write(page: Path, table: WordTable, index: ImageIndex, data: Data) -> None:
+def write(page: Path, table: WordTable, index: ImageIndex, data: DataPaths) -> None:
     """Write the web page of an index."""
-    from src.page import write_page
+    from src.search.page import write_page
 
     captions = known_captions(data)
     written = write_page(

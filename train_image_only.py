@@ -9,19 +9,18 @@ The file holds the EfficientNet, its projection to the shared space, and what is
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from src.checkpoint import export_image_encoder, load_checkpoint
-from src.cli import add_results_arguments, resolve_results
-from src.errors import run_script
+from src.cli import Parser, add_results_arguments, resolve_results
+from src.data.pixel_store import store_size
+from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from src.models.checkpoint import export_image_encoder, load_checkpoint
+from src.utils.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the checkpoint, write the image encoder. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add_results_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
@@ -31,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     results = resolve_results(args)
     checkpoint, output = args.checkpoint or results.best, args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
-    export_image_encoder(output, model)
+    export_image_encoder(output, model, resize=store_size(model.config.image_size),
+                         mean=IMAGENET_MEAN, std=IMAGENET_STD)
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "
           f"({output.stat().st_size / 1e6:.1f} MB): {output}")
     return 0

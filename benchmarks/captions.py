@@ -1,4 +1,4 @@
-"""A caption file of Flickr30k's full size: read, split and tokenise it.
+"""A caption file of Flickr30k's full size: read, split and tokenize it.
 
     python -m benchmarks.captions
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from src.annotations import read_annotations
-from src.splits import split_by_image
-from src.tokenizer import Tokenizer
+from src.data.captions import read_annotations
+from src.data.source import split_by_image
+from src.models.tokenizer import Tokenizer
 
 N_PHOTOS = 31_783
 
@@ -58,7 +58,7 @@ def main() -> int:
         val = [caption for record in splits["val"] for caption in record.captions]
         tokens = tokenizer.encode(train), tokenizer.encode(val)
         clock.append(time.perf_counter())
-    for stage, start, end in zip(("read", "split", "vocabulary", "tokenise"), clock, clock[1:],
+    for stage, start, end in zip(("read", "split", "vocabulary", "tokenize"), clock, clock[1:],
                                  strict=False):
         print(f"{stage:12}{end - start:7.2f} s")
     print(f"{'all':12}{clock[-1] - clock[0]:7.2f} s   {annotations.rows:,} captions, "

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from benchmarks import plain
 from benchmarks.photos import write_data_set
 from benchmarks.timing import machine, one_process_each, ratio, spread
-from src.dataset import Flickr30kDataset
-from src.indexing import update_index
-from src.model import DualEncoder, ModelConfig
-from src.pixels import PixelStore
-from src.retrieval import embed_images
-from src.runtime import keep_freed_memory, pick_device, seed_all
-from src.tokenizer import Tokenizer
+from src.data.dataset import Flickr30kDataset
+from src.data.pixel_store import PixelStore
+from src.evaluation.embed import embed_images
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.search.update_index import update_index
+from src.utils.runtime import pick_device, seed_all, tune_malloc
 
 SIZE = 224
 CONTENDERS = ("plain", "ours", "ours, from files")
@@ -82,7 +82,7 @@ def table(args: argparse.Namespace, device: str) -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds of one contender, and the embeddings of the first photos."""
     if args.one != "plain":
-        keep_freed_memory()  # as evaluate.py and search.py do
+        tune_malloc()  # as evaluate.py and search.py do
     device = pick_device(args.device)
     records = write_data_set(folder, args.count + 1, args.photos).splits["train"]
     names = [record.name for record in records]

@@ -22,15 +22,15 @@ from benchmarks.quality_data import add_data_arguments
 from benchmarks.quality_model import rebuild
 from benchmarks.quality_rows import PLAIN
 from benchmarks.timing import machine
-from src.errors import run_script
-from src.model import DualEncoder, ModelConfig
-from src.recipes import RECIPES
-from src.runtime import seed_all
-from src.tokenizer import Tokenizer
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.training.recipes import RECIPES
+from src.utils.errors import run_script
+from src.utils.runtime import seed_all
 
 CAPTIONS = 5  # a photo
 COLUMNS = ("image_to_text_R@1", "image_to_text_R@10", "text_to_image_R@1", "text_to_image_R@10")
-ROWS = {"plain": [], "plain-mirror-mean": ["--mirror-mean"], "seed": [],
+ROWS = {"plain": [], "plain-mirror-mean": ["--flip-tta"], "seed": [],
         "strong": ["--recipe", "strong"],
         "strong-no-mirror-mean": ["--recipe", "strong", "--no-mirror-mean"]}
 
@@ -73,7 +73,7 @@ def train_row(row: str, seed: int, args: argparse.Namespace) -> list[dict]:
                  "--seed", str(seed), "--epochs", str(epochs), *ROWS[row]]
         build = plain_model if row.startswith("plain") else train.build_model
         # Pictures of what it learned are drawn from a checkpoint of the product's model.
-        with mock.patch.multiple(train, build_model=build, show_best=lambda *_: None):
+        with mock.patch.multiple(train, build_model=build, report_best=lambda *_: None):
             train.main(flags)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -83,7 +83,7 @@ def plain_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     seed_all(args.seed, "weights")
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_size=args.image_size, token_dim=PLAIN.token_dim,
-        dropout=PLAIN.dropout, drop_connect=args.drop_connect, mirror_mean=args.mirror_mean))
+        dropout=PLAIN.dropout, drop_connect=args.drop_connect, flip_tta=args.flip_tta))
     rebuild(model, PLAIN)
     model.image_encoder.load_weights(args.weights)
     return model

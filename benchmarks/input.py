@@ -24,11 +24,13 @@ from PIL import Image
 from benchmarks import plain
 from benchmarks.photos import write_data_set
 from benchmarks.timing import interleaved, machine, ratio
-from src.augment import draw_places, train_view
-from src.dataset import Flickr30kDataset, Source
-from src.image_file import load_square
-from src.pixels import PixelStore, store_size
-from src.tokenizer import Tokenizer
+from src.data.dataset import Flickr30kDataset
+from src.data.images import load_resized
+from src.data.loader import sample_batches
+from src.data.pixel_store import PixelStore, store_size
+from src.data.source import DataSource
+from src.data.transforms import sample_crops, train_transform
+from src.models.tokenizer import Tokenizer
 
 BATCH, SIZE = 64, 224
 N_FEED, N_STORE = 4 * BATCH, 384
@@ -48,7 +50,7 @@ def main() -> int:
     return 0
 
 
-def feeding(folder: Path, source: Source) -> None:
+def feeding(folder: Path, source: DataSource) -> None:
     """Photos a second of one core, from disk to a batch."""
     records = source.splits["train"][:N_FEED]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
@@ -57,7 +59,7 @@ def feeding(folder: Path, source: Source) -> None:
                                  store_size(SIZE))
     dataset = Flickr30kDataset(records, store, tokenizer)
     pairs = [(source.images / r.name, r.captions[0]) for r in records]
-    batches = dataset.epoch(BATCH, captions_per_image=1, seed=0, epoch=1)[: N_FEED // BATCH]
+    batches = sample_batches(dataset, BATCH, captions_per_image=1, seed=0, epoch=1)[: N_FEED // BATCH]
 
     def plainly() -> None:
         for _ in plain.plain_loader(pairs, tokenizer.encode, SIZE, BATCH):
@@ -70,17 +72,17 @@ def feeding(folder: Path, source: Source) -> None:
     def ours_as_floats() -> None:
         for batch in batches:
             pixels = dataset.batch(batch).images
-            train_view(pixels, SIZE, draw_places(BATCH, pixels.shape[1] - SIZE, flip=True))
+            train_transform(pixels, SIZE, sample_crops(BATCH, pixels.shape[1] - SIZE, flip=True))
 
     torch.set_num_threads(1)
     times = interleaved([plainly, ours, ours_as_floats])
     print("\nfeeding, one core: photos a second, and how many times the plain script's")
-    rows = ("plain: decode, resize, normalise, tokenise", "ours: bytes from the store, tokens",
-            "ours with crop, flip, normalise on the CPU too")
+    rows = ("plain: decode, resize, normalize, tokenize", "ours: bytes from the store, tokens",
+            "ours with crop, flip, normalize on the CPU too")
     show(rows, times, N_FEED)
 
 
-def building(folder: Path, source: Source) -> None:
+def building(folder: Path, source: DataSource) -> None:
     """The store beside decoding alone, all cores."""
     names = [record.name for record in source.splits["train"][:N_STORE]]
 
@@ -100,7 +102,7 @@ def building(folder: Path, source: Source) -> None:
             PixelStore.build(Path(empty), source.images, names, store_size(SIZE))
 
     times = interleaved([
-        in_threads(decode), in_threads(lambda name: load_square(source.images / name,
+        in_threads(decode), in_threads(lambda name: load_resized(source.images / name,
                                                                 store_size(SIZE))), build], 3)
     print(f"\nbuilding the store, {os.cpu_count()} cores: photos a second, and the share of "
           "decoding alone")

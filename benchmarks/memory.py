@@ -23,16 +23,16 @@ import torch
 from benchmarks.captions import write_captions
 from benchmarks.photos import write_data_set
 from benchmarks.timing import PeakMemory, machine, one_process_each
-from src.annotations import read_annotations
-from src.dataset import Flickr30kDataset
-from src.engine import backward, train_one_epoch
-from src.metrics import retrieval_metrics
-from src.model import DualEncoder, ModelConfig
-from src.optim import build_optimizer, build_schedule
-from src.pixels import PixelStore, store_size
-from src.retrieval import embed_images, embed_tokens
-from src.runtime import compute_dtype, grad_scaler, keep_freed_memory, seed_all
-from src.tokenizer import Tokenizer
+from src.data.captions import read_annotations
+from src.data.dataset import Flickr30kDataset
+from src.data.pixel_store import PixelStore, store_size
+from src.evaluation.embed import embed_images, embed_tokens
+from src.evaluation.metrics import retrieval_metrics
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.training.engine import forward_backward, train_one_epoch
+from src.training.optim import build_optimizer, build_schedule
+from src.utils.runtime import compute_dtype, grad_scaler, seed_all, tune_malloc
 
 TIMES = (1, 3, 10)
 # Photos at 1 times: a tenth of Flickr30k's where a stage takes seconds, less where it trains.
@@ -102,7 +102,7 @@ def chunks(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds and peak memory of one stage, what it works on being there already."""
-    keep_freed_memory()  # as the scripts do
+    tune_malloc()  # as the scripts do
     count = STAGES.get(args.one, 1) * args.times
     stage = prepare(args, count, folder)
     with PeakMemory() as peak:
@@ -139,14 +139,14 @@ def prepare(args: argparse.Namespace, count: int, folder: Path) -> Callable[[], 
     if args.one == "embed photos":
         return lambda: (embed_images(model, dataset), embed_tokens(model, dataset.tokens))
     optimizer = build_optimizer(model, 1e-4, 0.01)
-    return lambda: list(train_one_epoch(
+    return lambda: train_one_epoch(
         model, dataset, optimizer, build_schedule(optimizer, 0, 1, "constant"),
         grad_scaler(CPU), batch_size=64, captions_per_image=5, flip=True, seed=0, epoch=1,
-        dtype=compute_dtype(CPU)))
+        dtype=compute_dtype(CPU))
 
 
 def one_step(args: argparse.Namespace) -> Callable[[], object]:
-    """A step on random pixels: gradients, optimiser and all, twice, since the first allocates."""
+    """A step on random pixels: gradients, optimizer and all, twice, since the first allocates."""
     count = args.chunk_size if args.one == "whole" else args.chunked_batch
     size = store_size(args.image_size)
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def one_step(args: argparse.Namespace) -> Callable[[], object]:
         model = DualEncoder(ModelConfig(10_000, image_size=args.image_size)).train()
         optimizer = build_optimizer(model, 1e-4, 0.01)
         for number in range(2):
-            backward(model, grad_scaler(CPU), batch, flip=True, key=(0, number),
+            forward_backward(model, grad_scaler(CPU), batch, flip=True, key=(0, number),
                      dtype=compute_dtype(CPU), chunk_size=args.chunk_size)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

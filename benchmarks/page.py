@@ -18,13 +18,14 @@ import torch
 
 from benchmarks.search import N_FLICKR30K, unit_rows
 from benchmarks.timing import installed, machine
-from src.checkpoint import load_checkpoint
-from src.dataset import Flickr30kDataset, open_source
-from src.image_file import write_image
-from src.metrics import retrieval_metrics
-from src.page import quantise, write_page
-from src.pixels import PixelStore, store_size
-from src.retrieval import embed_images, embed_tokens
+from src.data.dataset import Flickr30kDataset
+from src.data.images import write_image
+from src.data.pixel_store import PixelStore, store_size
+from src.data.source import scan_dataset
+from src.evaluation.embed import embed_images, embed_tokens
+from src.evaluation.metrics import retrieval_metrics
+from src.models.checkpoint import load_checkpoint
+from src.search.page import quantize, write_page
 
 N_WORDS = 10_000
 QUERY = "word5 word77 word301 word4000 word9 word12"
@@ -91,7 +92,7 @@ def queries(folder: Path) -> None:
 
 def dequantised(rows: np.ndarray) -> torch.Tensor:
     """Rows as the page has them: rounded to int8 with a scale each."""
-    coded = quantise(rows)
+    coded = quantize(rows)
     codes = np.frombuffer(base64.b64decode(coded["codes"]), np.int8).reshape(rows.shape)
     scales = np.frombuffer(base64.b64decode(coded["scales"]), "<f4")
     return torch.from_numpy(codes * scales[:, None])
@@ -101,7 +102,7 @@ def recall(checkpoint: Path) -> None:
     """The demo's validation recall with float32 and with the page's int8 vectors."""
     model, tokenizer, content = load_checkpoint(checkpoint)
     data = Path("data/demo")
-    source = open_source(data / "images", data / "annotations" / "annotations.csv", 0.1,
+    source = scan_dataset(data / "images", data / "annotations" / "annotations.csv", 0.1,
                          content["args"]["seed"])
     records = source.splits["val"]
     store = PixelStore.build(data, data / "images", [r.name for r in records],

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.captions import write_captions
-from src.dataset import Source, open_source
-from src.image_file import write_image
+from src.data.images import write_image
+from src.data.source import DataSource, scan_dataset
 
 DISTINCT = 64  # generated photos; more would take long to write and change no time
 
 
-def write_data_set(folder: Path, count: int, photos: Path | None = None) -> Source:
+def write_data_set(folder: Path, count: int, photos: Path | None = None) -> DataSource:
     """Write `count` photos with five captions each below `folder`, and read them back.
 
     Args:
@@ -35,7 +35,7 @@ def write_data_set(folder: Path, count: int, photos: Path | None = None) -> Sour
     for i in range(count):
         _link(originals[i % len(originals)], images / f"{1_000_000 + i}.jpg")
     write_captions(folder / "annotations.csv", count)
-    return open_source(images, folder / "annotations.csv", val_fraction=0, seed=0)
+    return scan_dataset(images, folder / "annotations.csv", val_fraction=0, seed=0)
 
 
 def _picture(seed: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Plain: photos decoded in the training loop, efficientnet_pytorch as it comes, float32, no workers.
 Stronger: timm's EfficientNet in mixed precision and channels_last, all cores as workers; and the
-same with open_clip's loss and its reader of CSV files. The heads, the loss, the optimiser and the
+same with open_clip's loss and its reader of CSV files. The heads, the loss, the optimizer and the
 numbers are ours, so that only the way of computing differs.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from src.augment import IMAGENET_MEAN, IMAGENET_STD
+from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Pairs = list[tuple[Path, str]]  # photo and caption
 

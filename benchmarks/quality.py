@@ -25,16 +25,18 @@ from benchmarks.quality_data import Data, add_data_arguments, read_features
 from benchmarks.quality_model import build_model, row_loss, row_optimizer
 from benchmarks.quality_rows import ROWS, Row
 from benchmarks.timing import machine
-from src.dataset import Flickr30kDataset, open_source
-from src.errors import UserError, run_script
-from src.image_encoder import ImageEncoder
-from src.metrics import retrieval_metrics
-from src.model import DualEncoder
-from src.optim import build_schedule
-from src.pixels import PixelStore, store_size
-from src.retrieval import embed_images, embed_tokens
-from src.runtime import keep_freed_memory, seed_all
-from src.tokenizer import split_words
+from src.data.dataset import Flickr30kDataset
+from src.data.loader import sample_batches
+from src.data.pixel_store import PixelStore, store_size
+from src.data.source import scan_dataset
+from src.evaluation.embed import embed_images, embed_tokens
+from src.evaluation.metrics import retrieval_metrics
+from src.models.dual_encoder import DualEncoder
+from src.models.image_encoder import ImageEncoder
+from src.models.tokenizer import split_words
+from src.training.optim import build_schedule
+from src.utils.errors import UserError, run_script
+from src.utils.runtime import seed_all, tune_malloc
 
 COLUMNS = ("rsum", "text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1",
            "image_to_text_R@10", "seconds")
@@ -56,7 +58,7 @@ def train_row(row: Row, data: Data, seed: int) -> dict[str, float]:
     optimizer = row_optimizer(row, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     averages = [p.detach().clone() for p in parameters]
-    epochs = [train_set.epoch(row.batch_size, row.captions_per_image, seed, epoch)
+    epochs = [sample_batches(train_set, row.batch_size, row.captions_per_image, seed, epoch)
               for epoch in range(1, row.epochs + 1)]
     scheduler = build_schedule(optimizer, row.warmup_steps, row.epochs * len(epochs[0]),
                                row.schedule)
@@ -98,7 +100,7 @@ def evaluate(
     features = [data.features("val", view) for view in shown]
     if row.mean_views:
         features = [torch.stack(features).mean(0)]
-    images = F.normalize(sum(embed_images(model, val_set.holding(each)) for each in features))
+    images = F.normalize(sum(embed_images(model, val_set.with_images(each)) for each in features))
     return retrieval_metrics(images, embed_tokens(model, val_set.tokens), val_set.image_index)
 
 
@@ -120,7 +122,7 @@ def settings(row: Row) -> dict:
 
 def open_data(args: argparse.Namespace) -> Data:
     """Captions matched with photos, every photo decoded once, the encoder with its weights."""
-    source = open_source(args.images, args.annotations, 0.1, 0)
+    source = scan_dataset(args.images, args.annotations, 0.1, 0)
     folder = args.cache_dir or args.images.parent
     names = [record.name for split in ("train", "val") for record in source.splits[split]]
     store = PixelStore.build(folder, args.images, names, store_size(args.image_size))
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.seeds and not (args.images and args.annotations):
         parser.error("--images and --annotations say what to train on")
-    keep_freed_memory()
+    tune_malloc()
     lines = args.keep.read_text().splitlines() if args.keep and args.keep.exists() else []
     known = [json.loads(line) for line in lines]
     shown = {"features": str(args.features or args.weights), "image_size": args.image_size}

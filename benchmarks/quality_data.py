@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from benchmarks.quality_rows import Row
-from src.annotations import ImageRecord
-from src.dataset import Flickr30kDataset
-from src.errors import UserError
-from src.features import frozen_features
-from src.image_encoder import ImageEncoder
-from src.pixels import PixelStore
-from src.tokenizer import Tokenizer, split_words
+from src.data.captions import ImageRecord
+from src.data.dataset import Flickr30kDataset
+from src.data.pixel_store import PixelStore
+from src.models.image_encoder import ImageEncoder
+from src.models.tokenizer import Tokenizer, split_words
+from src.training.frozen_features import frozen_features
+from src.utils.errors import UserError
 
 CONTEXT_LENGTH = 32
 FEATURE_DIM = 1280  # of EfficientNet-B0
@@ -61,7 +61,7 @@ class Data:
             size = self.encoder.image_size
             if view != "centre":
                 pixels = dataset.pixels(np.arange(len(dataset.records)))  # (N, S, S, 3)
-                dataset = dataset.holding({
+                dataset = dataset.with_images({
                     "mirror": lambda: pixels.flip(2),
                     "top left": lambda: pixels[:, :size, :size],
                     "bottom right": lambda: pixels[:, -size:, -size:],
@@ -77,7 +77,7 @@ class Data:
         train, val = (Flickr30kDataset(
             [replace(r, captions=tuple(map(spell, r.captions))) for r in self.records[split]],
             self.store, tokenizer) for split in ("train", "val"))
-        return train.holding(torch.arange(len(train.records))), val, len(tokenizer)
+        return train.with_images(torch.arange(len(train.records))), val, len(tokenizer)
 
 
 def read_features(

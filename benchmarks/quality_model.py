@@ -1,4 +1,4 @@
-"""The product's model, loss and optimiser with what a row of the study of quality changes."""
+"""The product's model, loss and optimizer with what a row of the study of quality changes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality_rows import Row
-from src.dataset import Flickr30kDataset
-from src.loss import contrastive_loss
-from src.model import DualEncoder, ModelConfig
-from src.optim import build_optimizer
-from src.runtime import seed_all
-from src.text_encoder import TextEncoder
-from src.tokenizer import Tokenizer
+from src.data.dataset import Flickr30kDataset
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.loss import contrastive_loss
+from src.models.text_encoder import TextEncoder
+from src.models.tokenizer import Tokenizer
+from src.training.optim import build_optimizer
+from src.utils.runtime import seed_all
 
 MARGIN = 0.2  # of the hinge, as in VSE++ (Faghri et al. 2018)
 
@@ -96,7 +96,7 @@ def row_loss(row: Row, model: DualEncoder, images: torch.Tensor, texts: torch.Te
 
 
 def row_optimizer(row: Row, model: DualEncoder) -> torch.optim.AdamW:
-    """The product's optimiser, in one kernel a step, with `row`'s own rates."""
+    """The product's optimizer, in one kernel a step, with `row`'s own rates."""
     rates = {id(model.text_encoder.embedding.weight): row.words_lr,
              id(model.image_projection.linear.weight): row.image_head_lr}
     groups = [group | {"params": [p], "lr": rates.get(id(p)) or row.lr, "fused": True}

@@ -116,7 +116,7 @@ ROWS = [
     _strong("one-dropout", "word dropout in place of dropout of text features",
             "no difference seen; one flag for both", text_dropout=0.0),
     _strong("eval-mirror", "evaluation: mean of the photo's and its mirror's embedding",
-            "pays: kept as --mirror-mean, of features in place of embeddings", eval_views=MIRROR),
+            "pays: kept as --flip-tta, of features in place of embeddings", eval_views=MIRROR),
     _strong("lr-3e-4", "lr 3e-4", "not kept: a point, at the edge of the spread", lr=3e-4),
     _strong("heads", "batch 128, lr 1e-4, 8 epochs, features: mean of centre and mirror",
             "kept: the first phase of --recipe strong", batch_size=128, lr=1e-4, epochs=8,
@@ -174,5 +174,5 @@ ROWS = [
     _strong("crops", "training on four views: centre, mirror, two corners", "no difference seen",
             views=CROPS, keep_sides=True),
     _strong("mean-views", "features: mean of the four views, training and evaluation",
-            "pays no more than two: --mirror-mean", views=CROPS, mean_views=True),
+            "pays no more than two: --flip-tta", views=CROPS, mean_views=True),
 ]

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import installed, interleaved, machine, ratio, seconds, spread
-from src.checkpoint import save_checkpoint
-from src.image_file import write_image
-from src.index import ImageIndex
-from src.indexing import update_index
-from src.model import DualEncoder, ModelConfig
-from src.query import WordTable, embed_queries
-from src.tokenizer import Tokenizer
+from src.data.images import write_image
+from src.models.checkpoint import save_checkpoint
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.search.index import ImageIndex
+from src.search.query import WordTable, embed_queries
+from src.search.update_index import update_index
 
 N_FLICKR30K = 31_783
 REPEATS = {1_000: 999, 10_000: 299, N_FLICKR30K: 99, 100_000: 29, 1_000_000: 9}

@@ -24,14 +24,14 @@ import torch
 from benchmarks import plain
 from benchmarks.photos import write_data_set
 from benchmarks.timing import installed, machine, one_process_each, ratio, spread
-from src.dataset import Flickr30kDataset
-from src.engine import backward, train_one_epoch
-from src.feed import keep_on_device
-from src.model import DualEncoder, ModelConfig
-from src.optim import build_optimizer, build_schedule
-from src.pixels import PixelStore
-from src.runtime import compute_dtype, grad_scaler, keep_freed_memory, pick_device, seed_all
-from src.tokenizer import Tokenizer
+from src.data.dataset import Flickr30kDataset
+from src.data.loader import cache_on_device
+from src.data.pixel_store import PixelStore
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.training.engine import forward_backward, train_one_epoch
+from src.training.optim import build_optimizer, build_schedule
+from src.utils.runtime import compute_dtype, grad_scaler, pick_device, seed_all, tune_malloc
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
 CONTENDERS = {"plain": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
@@ -110,7 +110,7 @@ def table(args: argparse.Namespace, device: str) -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds and losses of one contender's epoch, after a step of warming up."""
     if args.one.startswith("ours"):
-        keep_freed_memory()  # as train.py does
+        tune_malloc()  # as train.py does
     device = pick_device(args.device)
     count = args.steps * args.batch_size
     source = write_data_set(folder, count + 1, args.photos)  # one validates
@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
                                     drop_connect=0.0))
     if args.one.startswith("ours"):
         store = PixelStore.build(folder, source.images, [r.name for r in records], args.image_size)
-        dataset = keep_on_device(Flickr30kDataset(records, store, tokenizer), device)
+        dataset = cache_on_device(Flickr30kDataset(records, store, tokenizer), device)
         if device.type != "cpu" and "eager" not in args.one:
             model.image_encoder.compile_training()
         run = in_place if "place" in args.one else ours
@@ -166,7 +166,7 @@ def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_si
     batch = dataset.batch(items).to(device)
     start = time.perf_counter()
     for step in range(steps):
-        loss = backward(model, scaler, batch, flip=False, key=(0, 1, step), dtype=dtype)
+        loss = forward_backward(model, scaler, batch, flip=False, key=(0, 1, step), dtype=dtype)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +180,7 @@ def warm_up(model: DualEncoder, dataset: Flickr30kDataset, items: list) -> float
     start = time.perf_counter()
     device = model.logit_scale.device
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    backward(model.train(), grad_scaler(device), dataset.batch(items).to(device), flip=False,
+    forward_backward(model.train(), grad_scaler(device), dataset.batch(items).to(device), flip=False,
              key=(0,), dtype=compute_dtype(device))
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)

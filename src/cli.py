@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import difflib
+import re
 from pathlib import Path
 
-from src.errors import UserError
+from src.training.recipes import RECIPES
+from src.utils.errors import UserError
+from src.utils.paths import DataPaths, ResultPaths
+
+# Flags and recipes of earlier versions -> their names today.
+RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
+           "--recipe seed": "--recipe baseline"}
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a script reads: photos, captions, and the folder that keeps the decoded photos."""
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help is the script's docstring, and whose errors are short."""
 
-    images: Path
-    annotations: Path
-    cache: Path
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
-
-@dataclass(frozen=True)
-class Results:
-    """What the scripts write, below one folder."""
-
-    folder: Path
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint of the best epoch."""
-        return self.folder / "models" / "flickr30k_clip_best.pth"
-
-    @property
-    def last(self) -> Path:
-        """The newest checkpoint, with all that --resume needs."""
-        return self.folder / "models" / "flickr30k_clip_last.pth"
-
-    @property
-    def previous(self) -> Path:
-        """The one that `last` was before, for the day that `last` is damaged."""
-        return self.folder / "models" / "flickr30k_clip_previous.pth"
-
-    @property
-    def earlier(self) -> Path:
-        """The best checkpoint of the run before this one."""
-        return self.folder / "models" / "flickr30k_clip_best_earlier.pth"
-
-    def put_aside(self) -> None:
-        """Before a new run: what an earlier one could be resumed from is no longer the newest."""
-        if self.last.exists():
-            self.last.replace(self.last.with_name("flickr30k_clip_last_earlier.pth"))
-        self.previous.unlink(missing_ok=True)
-
-    @property
-    def exported(self) -> Path:
-        """The exported image encoder."""
-        return self.folder / "models" / "image_encoder_from_clip.pth"
+    def error(self, message: str) -> None:
+        """Exit with status 2; print the error, the nearest flag, and where help is."""
+        for unknown in re.findall(r"--[\w-]+", message.partition("unrecognized arguments")[2]):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = RENAMED.get(unknown) or next(iter(difflib.get_close_matches(unknown, known, 1)),
+                                                "")
+            message += f"; did you mean {near}?" if near else ""
+        if "--recipe" in message and "'seed'" in message:
+            message += "; the recipe seed is called baseline now"
+        self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,23 +73,127 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
                        help="take only N photos, for a quick try (default: all)")
 
 
-def resolve_results(args: argparse.Namespace) -> Results:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes of the model, where its weights come from, what is dropped in training."""
+    from src.models.image_encoder import IMAGE_ENCODERS  # imports torch, which takes seconds
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
+                       help="(default: %(default)s)")
+    group.add_argument("--weights", metavar="imagenet|none|PATH",
+                       help="the image encoder's start (default: %(default)s)")
+    group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
+                       help="side of the input pictures (default: %(default)s)")
+    group.add_argument("--embed-dim", type=positive_int, default=256, metavar="D",
+                       help="of the shared space (default: %(default)s)")
+    group.add_argument("--token-dim", type=positive_int, metavar="D",
+                       help="of the word embeddings (default: %(default)s)")
+    group.add_argument("--context-length", type=positive_int, default=32, metavar="WORDS",
+                       help="words kept of a caption (default: %(default)s)")
+    group.add_argument("--min-freq", type=positive_int, metavar="N",
+                       help="a word must come N times in the train captions (default: %(default)s)")
+    group.add_argument("--dropout", type=fraction, metavar="P",
+                       help="of the features before the projections (default: %(default)s)")
+    group.add_argument("--drop-connect", type=fraction, metavar="P",
+                       help="of the image encoder's last residual block (default: %(default)s)")
+    group.add_argument("--word-dropout", type=fraction, metavar="P",
+                       help="share of its words that a caption does without in training "
+                       "(default: %(default)s)")
+    group.add_argument("--flip-tta", action=argparse.BooleanOptionalAction,
+                       help="wherever it is not trained on, describe a photo by the mean of its "
+                       "own and its mirror image's features, for a second image pass a photo "
+                       "(default: %(default)s)")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe and all that it says, what is frozen, and what the machine can bear."""
+    from src.utils.runtime import PRECISIONS  # imports torch
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", choices=RECIPES,
+                       help="defaults for the flags here; a flag given by hand beats it "
+                       "(default: baseline; with --demo: demo)")
+    group.add_argument("--epochs", type=positive_int, help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=positive_int, metavar="PHOTOS",
+                       help="of all processes together (default: %(default)s)")
+    group.add_argument("--captions-per-image", type=positive_int, metavar="N",
+                       help="captions that each photo brings to a batch; with 5 an epoch takes "
+                       "a fifth of the image passes (default: %(default)s)")
+    group.add_argument("--lr", type=positive_float, help="(default: %(default)s)")
+    group.add_argument("--image-encoder-lr", type=positive_float, metavar="LR",
+                       help="of the image encoder alone (default: as --lr)")
+    group.add_argument("--weight-decay", type=non_negative_float, help="(default: %(default)s)")
+    group.add_argument("--schedule", choices=("constant", "cosine"),
+                       help="of the learning rate (default: %(default)s)")
+    group.add_argument("--warmup-steps", type=non_negative_int, metavar="N",
+                       help="steps of linear warm-up (default: %(default)s)")
+    group.add_argument("--ema-decay", type=fraction, metavar="SHARE",
+                       help="evaluate and keep a moving average of the weights, of which each step "
+                       "keeps this share, and less in a run's first steps; 0 for the weights "
+                       "themselves (default: %(default)s)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                       help="mirror half of the photos (default: %(default)s)")
+    group.add_argument("--freeze-image-encoder", action="store_true",
+                       help="compute the image features once, keep them, and train the rest on "
+                       "them: minutes on a laptop")
+    group.add_argument("--head-epochs", type=non_negative_int, metavar="N",
+                       help="train so for the first N epochs, then everything "
+                       "(default: %(default)s)")
+    group.add_argument("--freeze-batchnorm", action=argparse.BooleanOptionalAction,
+                       help="normalize with the statistics that the weights came with "
+                       "(default: %(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps "
+                         "(default: %(default)s)")
+    machine.add_argument("--precision", choices=PRECISIONS, default="auto",
+                         help="of products and convolutions in training; auto: bfloat16 where the "
+                         "device has it (default: %(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                         help="fuse the image encoder's kernels with torch.compile, for a minute "
+                         "or more at the first step (default: on a GPU, in a run that is long "
+                         "enough)")
+    machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
+                         help="train each process's batch in pieces of this size: the same "
+                         "gradient, but for BatchNorm where it is not frozen, in less memory, for "
+                         "a second pass forward (default: off)")
+    machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
+                         help="save within an epoch too; at most so much is lost to a power cut "
+                         "(default: %(default)s)")
+    machine.add_argument("--deterministic", action="store_true",
+                         help="on a GPU too the same bits in every run, where that is slower; the "
+                         "CPU gives them anyway")
+    machine.add_argument("--resume", action="store_true",
+                         help="go on where the run in --results-dir was left, with its flags")
+
+
+def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Make the recipe that `argv` chooses the parser's defaults; --demo chooses 'demo'."""
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--demo", action="store_true")
+    chooser.add_argument("--recipe")
+    chosen = chooser.parse_known_args(argv)[0]
+    recipe = chosen.recipe or ("demo" if chosen.demo else "baseline")
+    # One that there is not is refused when the parser sees it.
+    parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
+
+
+def resolve_results(args: argparse.Namespace) -> ResultPaths:
     """The places that the arguments of `add_results_arguments` mean."""
-    return Results(args.results_dir or Path("results/demo" if args.demo else "results"))
+    return ResultPaths(args.results_dir or Path("results/demo" if args.demo else "results"))
 
 
-def resolve_data(args: argparse.Namespace) -> Data:
+def resolve_data(args: argparse.Namespace) -> DataPaths:
     """The places that the arguments of `add_data_arguments` mean."""
     data = args.data_dir or Path("data/demo" if args.demo else "data/flickr30k")
     images = args.images or data / "images"
-    return Data(
+    return DataPaths(
         images=images,
         annotations=args.annotations or data / "annotations" / "annotations.csv",
         cache=getattr(args, "cache_dir", None) or images.parent,
     )
 
 
-def prepare_demo(args: argparse.Namespace, data: Data) -> None:
+def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
     """With --demo, draw the demo's world where the data are looked for, if it is not there yet.
 
     Raises:
@@ -120,9 +203,11 @@ def prepare_demo(args: argparse.Namespace, data: Data) -> None:
         raise UserError("--demo brings its own photos and captions: leave out --images and "
                         "--annotations, or leave out --demo")
     if args.demo:
-        from src.demo import draw_demo  # brings Pillow, which no other command line needs
+        from src.data.synthetic import (
+            make_demo_dataset,  # brings Pillow, which no other command line needs
+        )
 
-        draw_demo(data.images.parent)
+        make_demo_dataset(data.images.parent)
 
 
 def prepare_results(folder: Path) -> None:
@@ -181,7 +266,7 @@ def fraction(text: str) -> float:
     return value
 
 
-def recall_arguments(
+def defaults_from_checkpoint(
     parser: argparse.ArgumentParser, argv: list[str] | None, content: dict
 ) -> argparse.Namespace:
     """Parse again, with the checkpoint's training run as the defaults of data and split.
@@ -201,3 +286,9 @@ def recall_arguments(
     parser.set_defaults(**{name: value for name, value in defaults.items()
                            if name in known and value is not None})
     return parser.parse_args(argv)
+
+
+def plain_values(args: argparse.Namespace) -> dict:
+    """Return the flags as plain values, for JSON and checkpoints."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()}

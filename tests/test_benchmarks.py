@@ -12,11 +12,11 @@ import torch
 from benchmarks import plain
 from benchmarks.photos import write_data_set
 from benchmarks.timing import PeakMemory
-from src.augment import eval_view
-from src.loss import contrastive_loss
-from src.model import DualEncoder, ModelConfig
-from src.pixels import PixelStore
-from src.tokenizer import Tokenizer
+from src.data.pixel_store import PixelStore
+from src.data.transforms import eval_transform
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.loss import contrastive_loss
+from src.models.tokenizer import Tokenizer
 
 SIZE = 32
 
@@ -59,7 +59,7 @@ def test_plain_photos_are_ours(tmp_path: Path) -> None:
     images, tokens = next(iter(plain.plain_loader(pairs, tokenizer.encode, 224, len(pairs))))
     store = PixelStore.build(tmp_path / "store", source.images, names, 224)
     pixels = torch.from_numpy(store.pixels[[store.rows[name] for name in names]])
-    torch.testing.assert_close(images, eval_view(pixels, 224), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, eval_transform(pixels, 224), rtol=0, atol=1e-5)
     assert torch.equal(tokens, tokenizer.encode([caption for _, caption in pairs]))
 
 

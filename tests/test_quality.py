@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +15,18 @@ from benchmarks import finetune, quality
 from benchmarks.quality_data import Data, read_features
 from benchmarks.quality_model import WeighedWords, build_model, row_loss
 from benchmarks.quality_rows import CROPS, PLAIN, ROWS, SEED, STRONG, Row
-from src.annotations import read_annotations
-from src.dataset import Flickr30kDataset
-from src.engine import train_one_epoch
-from src.errors import UserError
-from src.image_encoder import ImageEncoder
-from src.loss import contrastive_loss
-from src.model import DualEncoder, ModelConfig
-from src.optim import build_optimizer, build_schedule
-from src.pixels import PixelStore
-from src.runtime import grad_scaler, seed_all
-from src.text_encoder import TextEncoder
+from src.data.captions import read_annotations
+from src.data.dataset import Flickr30kDataset
+from src.data.loader import sample_batches
+from src.data.pixel_store import PixelStore
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.image_encoder import ImageEncoder
+from src.models.loss import contrastive_loss
+from src.models.text_encoder import TextEncoder
+from src.training.engine import Progress, train_one_epoch
+from src.training.optim import build_optimizer, build_schedule
+from src.utils.errors import UserError
+from src.utils.runtime import grad_scaler, seed_all
 from tests.conftest import make_tiny_data
 
 CPU = torch.device("cpu")
@@ -81,21 +81,20 @@ def test_a_seed_gives_the_same_run(data: Data) -> None:
 @pytest.mark.parametrize("base", [SEED, STRONG], ids=lambda row: row.name)
 def test_the_bases_are_the_products(base: Row, data: Data,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product's own engine, optimiser and schedule end at the same weights."""
+    """The product's own engine, optimizer and schedule end at the same weights."""
     row = tiny(base)
     trained = []
     monkeypatch.setattr(quality, "evaluate", lambda row, model, *_: trained.append(model) or {})
     quality.train_row(row, data, seed=3)
     train_set, _, n_words = data.sets(row)
-    train_set = train_set.holding(data.features("train", "centre"))
+    train_set = train_set.with_images(data.features("train", "centre"))
     model = build_model(row, train_set, n_words, seed=3)
     optimizer = build_optimizer(model, row.lr, row.weight_decay)
-    steps = len(train_set.epoch(row.batch_size, row.captions_per_image, 3, 1))
+    steps = len(sample_batches(train_set, row.batch_size, row.captions_per_image, 3, 1))
     scheduler = build_schedule(optimizer, row.warmup_steps, steps, row.schedule)
-    for _ in train_one_epoch(model, train_set, optimizer, scheduler, grad_scaler(CPU), flip=False,
-                             batch_size=row.batch_size, seed=3, epoch=1,
-                             captions_per_image=row.captions_per_image):
-        pass
+    train_one_epoch(model, train_set, optimizer, scheduler, grad_scaler(CPU), flip=False,
+                    batch_size=row.batch_size, seed=3, epoch=1,
+                    captions_per_image=row.captions_per_image)
     ours = dict(trained[0].named_parameters())
     for name, parameter in model.named_parameters():
         if not name.startswith("image_encoder"):
@@ -250,11 +249,11 @@ def test_fine_tuning_in_as_many_image_passes(tmp_path: Path, capsys: pytest.Capt
     original = train.train_one_epoch
 
     def count(model: DualEncoder, dataset: Flickr30kDataset, *args: object,
-              **flags: object) -> Iterator:
-        for progress in original(model, dataset, *args, **flags):
-            yield progress
+              **flags: object) -> Progress:
+        progress = original(model, dataset, *args, **flags)
         frozen = dataset.pixels(np.zeros(1, np.int64)).ndim == 2
         passes.append((frozen, progress.pairs // flags["captions_per_image"]))
+        return progress
 
     monkeypatch.setattr(train, "train_one_epoch", count)
     flags = ["--images", str(images), "--annotations", str(annotations), "--weights", "none",

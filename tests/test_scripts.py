@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_data
 
 import main as main_script
 import train
 import train_image_only
-from src.checkpoint import load_checkpoint
-from src.engine import Progress, train_one_epoch
-from src.errors import UserError, run_script
-from src.files import only_writer
-from src.image_file import load_image
-from src.model import DualEncoder, ModelConfig
-from src.recipes import RECIPES
-from src.retrieval import evaluate_retrieval
-from src.run_state import RunState
-from src.runtime import seed_all
+from src.data.images import load_image
+from src.evaluation.embed import evaluate_retrieval
+from src.models.checkpoint import load_checkpoint
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.training.engine import Progress, train_one_epoch
+from src.training.recipes import RECIPES
+from src.training.run_state import RunState
+from src.utils.errors import UserError, run_script
+from src.utils.files import only_writer
+from src.utils.runtime import seed_all
+from tests.tiny_data import make_tiny_data
 
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"
 PREVIOUS = "models/flickr30k_clip_previous.pth"
@@ -79,7 +79,7 @@ def trained(run: Run) -> Path:
 def stubs(monkeypatch):
     """Epochs that cost nothing and score as they are told.
 
-    Attributes: `rsums`, what the coming evaluations give; `seen`, the optimiser's (lr, decay) of
+    Attributes: `rsums`, what the coming evaluations give; `seen`, the optimizer's (lr, decay) of
     each epoch that was run.
     """
     class Stubs:
@@ -91,7 +91,7 @@ def stubs(monkeypatch):
     def epoch(model, dataset, optimizer, scheduler, scaler, **options):
         group = optimizer.param_groups[0]
         Stubs.seen.append((group["lr"], group["weight_decay"]))
-        yield Progress(lr=group["lr"], step=1, loss_sum=torch.tensor(1.0))
+        options["after_step"](Progress(torch.ones(1), lr=group["lr"], step=1))
 
     def evaluate(model, dataset):
         names = [f"{d}_{m}" for d in ("image_to_text", "text_to_image")
@@ -100,8 +100,8 @@ def stubs(monkeypatch):
 
     monkeypatch.setattr(train, "train_one_epoch", epoch)
     monkeypatch.setattr(train, "evaluate_retrieval", evaluate)
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
-    monkeypatch.setattr(train, "show_best", lambda *_: None)
+    monkeypatch.setattr("src.training.run_state.plot_curves", lambda *_: None)
+    monkeypatch.setattr(train, "report_best", lambda *_: None)
     return Stubs
 
 
@@ -143,7 +143,7 @@ def test_train_writes_all_that_it_promises(run, trained):
     arguments = json.loads((trained / "args.json").read_text())
     assert arguments == best["args"]
     assert (arguments["lr"], arguments["images"], arguments["recipe"]) == (
-        1e-3, str(run.images), "seed")
+        1e-3, str(run.images), "baseline")
     (line,) = read_log(trained)
     assert line["epoch"] == 1 and line["lr"] == 1e-3 and line["loss"] > 0
     assert line["steps"] == 9 * 3 // 4  # 9 photos train, each three times: 2 + 2 + 1 captions
@@ -183,10 +183,14 @@ def interrupt(monkeypatch, after: int, action) -> None:
     steps = itertools.count(1)
 
     def epoch(*args, **options):
-        for progress in train_one_epoch(*args, **options):
+        after_step = options.pop("after_step")
+
+        def interrupted(progress):
             if next(steps) == after:
                 action()
-            yield progress
+            return after_step(progress)
+
+        train_one_epoch(*args, **options, after_step=interrupted)
 
     monkeypatch.setattr(train, "train_one_epoch", epoch)
 
@@ -222,7 +226,7 @@ def test_a_stopped_run_says_how_it_goes_on_and_does(run, straight, monkeypatch, 
         interrupt(patch, 8, lambda: os.kill(os.getpid(), number))
         run(results, epochs=2, status=128 + number)
     error = capsys.readouterr().err
-    assert "stopped after step 2 of epoch 2, and saved" in error
+    assert "stopped after step 2 of epoch 2, and saved; continue with" in error
     assert f"python train.py --resume --results-dir '{run.folder / results}'" in error
     run.resume(results)
     assert_same_run(run.folder / results, straight)
@@ -277,9 +281,13 @@ def test_weights_that_are_no_numbers_are_not_saved(run, straight, monkeypatch):
     before = (run.folder / "broken" / LAST).read_bytes()
 
     def epoch(model, *args, **options):
-        for progress in train_one_epoch(model, *args, **options):
+        after_step = options.pop("after_step")
+
+        def broken(progress):
             model.image_projection.linear.weight.data[0, 0] = torch.nan
-            yield progress
+            return after_step(progress)
+
+        train_one_epoch(model, *args, **options, after_step=broken)
 
     monkeypatch.setattr(train, "train_one_epoch", epoch)
     with pytest.raises(UserError, match="no longer finite"):
@@ -323,13 +331,13 @@ def test_killed_between_its_two_files_a_run_keeps_the_earlier_best(run, straight
     """Cut off when the first epoch's best is written and the newest checkpoint is not: resumed, the
     run does not take its own best for an earlier run's."""
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        original = RunState.save_best
+        original = RunState._save_best
 
-        def save_best(self, results):
-            original(self, results)
+        def save_best(self):
+            original(self)
             raise PowerCut
 
-        patch.setattr(RunState, "save_best", save_best)
+        patch.setattr(RunState, "_save_best", save_best)
         run("between", "--save-every", "0", epochs=2)
     results = run.folder / "between"
     assert (results / BEST).exists() and load(results / LAST)["epoch"] == 0
@@ -378,8 +386,8 @@ def test_a_run_of_an_earlier_version_goes_on(run, trained, straight):
     """One whose checkpoint names fewer flags, and keeps no average, ends as it would have."""
     run.copy("one", "of old")
     content = load(trained / LAST)
-    del content["average_state"], content["config"]["mirror_mean"]
-    for name in ("ema_decay", "mirror_mean", "compile"):
+    del content["average_state"], content["config"]["flip_tta"]
+    for name in ("ema_decay", "flip_tta", "compile"):
         del content["args"][name]
     torch.save(content, run.folder / "of old" / LAST)
     with pytest.raises(UserError, match="--ema-decay was 0.0, is 0.9"):
@@ -397,7 +405,7 @@ def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
         path.write_text(path.read_text().replace("A red thing number 3", "A red thing number 4"))
     else:
         next((tmp_path / "data" / "images").iterdir()).unlink()
-    with pytest.raises(UserError, match="(train|validation).* photos or captions are not those"):
+    with pytest.raises(UserError, match="(train|validation).* images or captions are not those"):
         run.resume("one", "--images", str(tmp_path / "data" / "images"), "--annotations",
                    str(tmp_path / "data" / "annotations" / "annotations.csv"), "--epochs", "2")
     assert stubs.seen == []
@@ -419,7 +427,7 @@ def test_a_new_run_cut_off_early_is_not_taken_for_the_one_before(run, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         interrupt(patch, 1, power_cut)
         run("used", "--lr", "1e-4", epochs=1)
-    with pytest.raises(UserError, match="there is none: start without --resume"):
+    with pytest.raises(UserError, match="does not exist: start without --resume"):
         run.resume("used")
     aside = run.folder / "used" / "models" / "flickr30k_clip_last_earlier.pth"
     assert aside.read_bytes() == last
@@ -429,7 +437,7 @@ def test_a_best_checkpoint_is_no_run_to_resume(run, trained):
     """One that was put in the place of the newest is told apart by what it lacks."""
     run.copy("one", "best as last")
     shutil.copy(trained / BEST, run.folder / "best as last" / LAST)
-    with pytest.raises(UserError, match="holds no run to go on with"):
+    with pytest.raises(UserError, match="no run to continue"):
         run.resume("best as last")
 
 
@@ -452,7 +460,7 @@ def test_the_rate_starts_anew_only_where_the_phase_changes(run, stubs, monkeypat
 
 def test_resume_of_nothing_is_refused(run, stubs):
     """--resume never starts from scratch in silence."""
-    with pytest.raises(UserError, match="flickr30k_clip_last.pth, and there is none"):
+    with pytest.raises(UserError, match="flickr30k_clip_last.pth, which does not exist"):
         run.resume("nothing")
     assert stubs.seen == []
 
@@ -513,15 +521,19 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
         return {name: value.clone() for name, value in model.state_dict().items()}
 
     def epoch(model, *args, **options):
-        for progress in train_one_epoch(model, *args, **options):
+        after_step = options.pop("after_step")
+
+        def recorded(progress):
             states.append(copy_of(model))
-            yield progress
+            return after_step(progress)
+
+        train_one_epoch(model, *args, **options, after_step=recorded)
 
     def evaluate(model, dataset):
         evaluated.append(copy_of(model))
         return evaluate_retrieval(model, dataset)
 
-    flags = ("--ema-decay", "0.5", "--mirror-mean")
+    flags = ("--ema-decay", "0.5", "--flip-tta")
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_one_epoch", epoch)
         patch.setattr(train, "evaluate_retrieval", evaluate)
@@ -540,7 +552,7 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert differing(last, states[-1]) == []
     assert differing(last, evaluated[-1]) != [] and differing(last, kept) != []
-    assert load_checkpoint(results / BEST)[0].image_encoder.mirror_mean
+    assert load_checkpoint(results / BEST)[0].image_encoder.flip_tta
     for after in (2, len(states) - 1):
         with monkeypatch.context() as patch, pytest.raises(PowerCut):
             interrupt(patch, after, power_cut)
@@ -553,7 +565,7 @@ def test_max_images(run, stubs, capsys):
     stubs.rsums = [1.0]
     run("few", "--max-images", "8")
     out = capsys.readouterr().out
-    assert "train: 6 photos, 30 captions" in out and "validation: 2 photos, 10 captions" in out
+    assert "train: 6 images, 30 captions" in out and "validation: 2 images, 10 captions" in out
 
 
 def test_results_that_cannot_be_written_are_told_before_any_work(run, tmp_path):
@@ -567,7 +579,7 @@ def test_results_that_cannot_be_written_are_told_before_any_work(run, tmp_path):
 
 def test_too_few_photos_to_validate(run):
     """With one validation photo every recall would be 100 %: refused."""
-    with pytest.raises(UserError, match="1 photos are too few for validation"):
+    with pytest.raises(UserError, match="1 images are too few for validation"):
         run("lonely", "--val-fraction", "0.05")
 
 
@@ -610,7 +622,7 @@ def test_the_defaults_are_the_stated_recipe():
     """AdamW at 2e-5, batches of 64, 5 epochs, 90/10, ImageNet's B0, 256 dimensions."""
     args = flags_of()
     expected = {
-        "recipe": "seed", "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": 0.1,
+        "recipe": "baseline", "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": 0.1,
         "weights": "imagenet", "image_encoder": "efficientnet-b0", "embed_dim": 256,
         "context_length": 32, "image_size": 224, "captions_per_image": 1, "max_images": None,
         "resume": False, "demo": False, "seed": 0, "freeze_image_encoder": False,
@@ -623,7 +635,7 @@ def test_the_defaults_are_the_stated_recipe():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_set_of_defaults(recipe):
     """Each recipe says the same flags, all of them flags; and what is given by hand beats it."""
-    assert RECIPES[recipe].keys() == RECIPES["seed"].keys()
+    assert RECIPES[recipe].keys() == RECIPES["baseline"].keys()
     assert flags_of("--recipe", recipe).items() >= RECIPES[recipe].items()
     for argv in (["--recipe", recipe, "--epochs", "3", "--lr", "7e-5", "--flip"],
                  ["--lr", "7e-5", "--epochs", "3", "--flip", "--recipe", recipe]):
@@ -634,7 +646,7 @@ def test_a_recipe_is_a_set_of_defaults(recipe):
 def test_the_demo_has_a_recipe_of_its_own():
     """--demo takes it unless another one is asked for."""
     assert flags_of("--demo").items() >= {**RECIPES["demo"], "recipe": "demo"}.items()
-    assert flags_of("--demo", "--recipe", "seed").items() >= RECIPES["seed"].items()
+    assert flags_of("--demo", "--recipe", "baseline").items() >= RECIPES["baseline"].items()
 
 
 @pytest.mark.parametrize("argv", [
@@ -670,7 +682,7 @@ def test_sanity_check_of_good_data(check, capsys):
     """Status 0, and every question has its answer."""
     assert check() == 0
     out = capsys.readouterr().out
-    for part in ("60 rows in the format of results.csv: 0 recovered, 0 rejected",
+    for part in ("60 rows in the format of results.csv: 0 fixed, 0 rejected",
                  "12 with captions (12 with 5); 0 missing, 0 files unused",
                  "by image, from seed and file names: train 9, val 3",
                  "0 byte-identical photos", "% are cut to 32", "words from train captions",

@@ -1,0 +1,110 @@
+"""The datasets of a run, and the report of everything in its input that was fixed or left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from src.data.captions import DataIssue, ImageRecord
+from src.data.dataset import Flickr30kDataset
+from src.data.pixel_store import PixelStore, store_size
+from src.data.source import DataSource
+from src.utils.distributed import rank
+from src.utils.errors import UserError
+from src.utils.files import write_atomic
+
+if TYPE_CHECKING:  # src/data does not depend on src/models
+    from src.models.tokenizer import Tokenizer
+
+# Kinds of issues whose captions are used all the same: --strict accepts them.
+HARMLESS = {"caption rows fixed", "captions repeated", "captions without a known word"}
+
+
+def prepare_datasets(
+    source: DataSource, splits: list[list[ImageRecord]], tokenizer: Tokenizer, image_size: int, *,
+    cache: Path, rejected: Path, strict: bool,
+) -> list[Flickr30kDataset]:
+    """Return a dataset for each split; decode each image once, and report the issues.
+
+    Rank 0 prints a line of counts and writes the issues to a CSV file.
+
+    Args:
+        source: the captions and image files.
+        splits: the records of each dataset.
+        tokenizer: of the model.
+        image_size: input size of the model in pixels.
+        cache: folder of the decoded pixels.
+        rejected: the CSV file of all issues.
+        strict: raise if something had to be left out.
+
+    Raises:
+        UserError: `strict` and something was left out, or the pixels cannot be written.
+    """
+    names = [record.name for records in splits for record in records]
+    store = PixelStore.build(cache, source.images, names, store_size(image_size))
+    datasets = [Flickr30kDataset(records, store, tokenizer) for records in splits]
+    if rank() == 0:
+        print(write_rejected(rejected, source, store, *datasets))
+    if strict:
+        check_strict(collect_issues(source, store))
+    return datasets
+
+
+def collect_issues(
+    source: DataSource, store: PixelStore | None = None, *datasets: Flickr30kDataset
+) -> dict[str, list[DataIssue]]:
+    """Return all issues of the input by kind; those of the HARMLESS kinds are used all the same.
+
+    Args:
+        source: with the issues of caption rows and missing images.
+        store: adds the images that could not be decoded.
+        datasets: add the captions without a word of the vocabulary.
+    """
+    failed = store.failed if store else {}
+    wordless = [(dataset, row) for dataset in datasets
+                for row in (~dataset.has_known_word).nonzero().flatten().tolist()]
+    return {
+        "caption rows fixed": source.annotations.fixed,
+        "captions repeated": source.annotations.repeated,
+        "captions without a known word": [
+            DataIssue(str(source.images), dataset.records[dataset.image_index[row]].name,
+                      "no word of it is in the vocabulary", dataset.captions[row])
+            for dataset, row in wordless],
+        "caption rows rejected": source.annotations.rejected,
+        "images missing": source.missing,
+        "images unreadable": [DataIssue(str(source.images), name, reason)
+                              for name, reason in failed.items()],
+    }
+
+
+def write_rejected(
+    path: Path, source: DataSource, store: PixelStore | None = None, *datasets: Flickr30kDataset
+) -> str:
+    """Write every issue of the input to a CSV file and return a summary of one line."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["kind", "where", "name", "reason", "text"])
+    issues = collect_issues(source, store, *datasets)
+    for kind, found in issues.items():
+        table.writerows([kind, issue.where, issue.name, issue.reason, issue.text]
+                        for issue in found)
+    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in issues.items() if found)
+    return (f"input: {source.annotations.rows:,} captions; "
+            + (f"{counts}: {path}" if counts else "nothing rejected"))
+
+
+def check_strict(issues: dict[str, list[DataIssue]]) -> None:
+    """Raise if a caption row or an image had to be left out, for --strict.
+
+    Raises:
+        UserError: with exit status 1; the message names the first issue.
+    """
+    wrong = {kind: found for kind, found in issues.items() if found and kind not in HARMLESS}
+    if wrong:
+        counts = ", ".join(f"{len(found):,} {kind}" for kind, found in wrong.items())
+        first = next(iter(wrong.values()))[0]
+        raise UserError(f"{counts}, and --strict allows none. The first: {first.where} "
+                        f"{first.name}: {first.reason}", status=1)

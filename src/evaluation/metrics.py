@@ -1,0 +1,126 @@
+"""Retrieval metrics from similarities: pure tensors, no model.
+
+The protocol of the Flickr30k papers: unique photos against all their captions; a photo is found by
+a caption if it is among the K best photos, a caption by a photo if any of the photo's captions is
+among the K best captions. Ties count against the model, and so does NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RECALL_AT = (1, 5, 10)
+
+
+def text_to_image_ranks(similarity: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+    """Rank of each caption's photo among all photos, from 1.
+
+    Args:
+        similarity: (M, N), captions by images.
+        image_index: (M,) int64, the column of each caption's photo.
+
+    Returns:
+        (M,) int64.
+    """
+    own = similarity.gather(1, image_index[:, None])  # (M, 1)
+    # Not `similarity >= own`: that is False for NaN, and a broken model would have perfect recall.
+    return (~(similarity < own)).sum(1)
+
+
+def image_to_text_ranks(similarity: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
+    """Rank of the best of each photo's captions among all photos' captions, from 1.
+
+    Only captions of other photos can stand before it.
+
+    Args:
+        similarity: (M, B), all captions by some images.
+        image_index: (M,) int64, the column of each caption's photo; -1 for photos not among these.
+
+    Returns:
+        (B,) int64; 0 for a photo without captions.
+    """
+    own = image_index[:, None] == torch.arange(similarity.shape[1], device=similarity.device)
+    best = similarity.masked_fill(~own, -torch.inf).amax(0)  # (B,); NaN if one of its own is
+    ranks = 1 + (~(similarity < best) & ~own).sum(0)
+    return torch.where(own.any(0), ranks, 0)
+
+
+def retrieval_ranks(
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    image_index: torch.Tensor,
+    max_elements: int = 2**26,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both directions' ranks, block by block, in float32.
+
+    Args:
+        image_embeddings: (N, D).
+        text_embeddings: (M, D).
+        image_index: (M,) int64, the row of each caption's photo.
+        max_elements: similarities held at a time; bounds the memory, changes no result.
+
+    Returns:
+        image_to_text (N',) for the N' photos that have captions, text_to_image (M,); int64, from 1.
+    """
+    images, texts = image_embeddings.float(), text_embeddings.float()
+    step = max(1, max_elements // max(1, len(images)))
+    text_to_image = [
+        text_to_image_ranks(texts[i : i + step] @ images.T, image_index[i : i + step])
+        for i in range(0, len(texts), step)
+    ]
+    step = max(1, max_elements // max(1, len(texts)))
+    image_to_text = []
+    for i in range(0, len(images), step):
+        block = images[i : i + step]
+        local = image_index - i
+        local = torch.where((local >= 0) & (local < len(block)), local, -1)
+        image_to_text.append(image_to_text_ranks(texts @ block.T, local))
+    ranks = torch.cat(image_to_text)
+    return ranks[ranks > 0], torch.cat(text_to_image)
+
+
+def summarize_ranks(
+    image_to_text: torch.Tensor, text_to_image: torch.Tensor
+) -> dict[str, float]:
+    """R@1, R@5, R@10 in percent, median and mean rank both ways, and rsum, the six recalls' sum."""
+    metrics: dict[str, float] = {}
+    for direction, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
+        ranks = ranks.double()
+        for k in RECALL_AT:
+            metrics[f"{direction}_R@{k}"] = 100 * (ranks <= k).double().mean().item()
+        metrics[f"{direction}_median_rank"] = ranks.quantile(0.5).item()
+        metrics[f"{direction}_mean_rank"] = ranks.mean().item()
+    metrics["rsum"] = sum(value for name, value in metrics.items() if "R@" in name)
+    return metrics
+
+
+def retrieval_metrics(
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_index: torch.Tensor
+) -> dict[str, float]:
+    """Score embeddings: (N, D), (M, D), (M,) -> the metrics of `summarize_ranks`."""
+    return summarize_ranks(*retrieval_ranks(image_embeddings, text_embeddings, image_index))
+
+
+def format_epoch(line: dict, is_best: bool = False) -> str:
+    """Return one epoch of a run's log as one line of text."""
+    metrics, times = line["metrics"], line["time"]
+    recalls = "   ".join(
+        f"{label} R@1/5/10 "
+        + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
+        + f", median rank {metrics[f'{direction}_median_rank']:.0f}"
+        for label, direction in (("text->image", "text_to_image"), ("image->text", "image_to_text"))
+    )
+    return (f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   "
+            f"rsum {metrics['rsum']:.1f}   {times['seconds']:.0f} s "
+            f"({times['wait_share']:.1%} waiting for data)" + ("   (best)" if is_best else ""))
+
+
+def format_table(metrics: dict[str, float]) -> str:
+    """Return retrieval metrics as a table of two rows, and the rsum."""
+    lines = [f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median rank':>13}{'mean rank':>11}"]
+    for direction in ("image_to_text", "text_to_image"):
+        recalls = "".join(f"{metrics[f'{direction}_R@{k}']:7.1f}" for k in (1, 5, 10))
+        lines.append(f"{direction.replace('_', ' '):16}{recalls}"
+                     f"{metrics[f'{direction}_median_rank']:13.1f}"
+                     f"{metrics[f'{direction}_mean_rank']:11.1f}")
+    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])

@@ -1,0 +1,151 @@
+"""Save, load and export trained models. Checkpoints hold tensors and plain values only."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.utils.errors import UserError
+from src.utils.files import sync_folder
+from src.utils.tensors import load_tensors, save_tensors
+
+DUAL_ENCODER = "dual encoder"
+IMAGE_ENCODER = "image encoder"
+# Config fields of earlier versions -> their names today.
+RENAMED_FIELDS = {"mirror_mean": "flip_tta"}
+
+
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint: the model in eval mode, its tokenizer, and all that the file holds."""
+
+    model: DualEncoder
+    tokenizer: Tokenizer
+    content: dict[str, Any]
+
+
+def save_checkpoint(
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
+) -> None:
+    """Write `model_state`, `vocab`, the model's config, and `extra` plain values or states.
+
+    Raises:
+        UserError: the file cannot be written; an earlier file of that name is intact.
+    """
+    save_tensors(path, {
+        "kind": DUAL_ENCODER,
+        "model_state": model.state_dict(),
+        "vocab": tokenizer.vocab,
+        "config": asdict(model.config),
+        **extra,
+    })
+
+
+def _check_shapes(config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError where the weights are not the model's, before any memory is taken for it.
+
+    The file may be a stranger's, and its config ask for a vocabulary of 10^12 words.
+    """
+    with torch.device("meta"):
+        expected = DualEncoder(config).state_dict()
+    for name, tensor in expected.items():
+        if getattr(state.get(name), "shape", None) != tensor.shape:
+            raise ValueError(f"{name} is not of shape {tuple(tensor.shape)}")
+
+
+def rotate_checkpoint(
+    path: Path, previous: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
+) -> None:
+    """Write a checkpoint to `path` as `save_checkpoint`, and keep the one before as `previous`.
+
+    At every moment one of the two is whole: the new file is complete before the old one moves.
+
+    Raises:
+        UserError: the file cannot be written; both earlier files are intact.
+    """
+    new = path.with_name(f".{path.name}.new")
+    save_checkpoint(new, model, tokenizer, **extra)
+    if path.exists():
+        path.replace(previous)
+    new.replace(path)
+    sync_folder(path.parent)
+
+
+def load_newest_checkpoint(
+    path: Path, previous: Path
+) -> Checkpoint:
+    """Load `path`, or `previous` where `path` is damaged or gone; says so on standard error.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        loaded = load_checkpoint(previous)
+        print(f"note: {error}; the checkpoint before it is used: {previous}", file=sys.stderr)
+        return loaded
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Rebuild model (in eval mode, on the CPU) and tokenizer; the third value is the whole file.
+
+    Raises:
+        UserError: no such file, not a checkpoint of the dual encoder, or a damaged one.
+    """
+    content = load_tensors(path)
+    if content.get("kind") != DUAL_ENCODER:
+        kind = content.get("kind", "no checkpoint of this project")
+        raise UserError(f"{path} holds {kind}; a checkpoint written by train.py is needed")
+    try:
+        config = ModelConfig(**{RENAMED_FIELDS.get(name, name): value
+                                for name, value in content["config"].items()})
+        _check_shapes(config, content["model_state"])
+        model = DualEncoder(config)
+        model.load_state_dict(content["model_state"])
+        tokenizer = Tokenizer(content["vocab"], model.config.context_length)
+        if not isinstance(content.get("args", {}), dict):
+            raise TypeError("args is no dictionary")
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} words for {model.config.vocab_size} embeddings")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from error
+    return Checkpoint(model.eval(), tokenizer, content)
+
+
+def export_image_encoder(
+    path: Path, model: DualEncoder, *, resize: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    """Write the image encoder with all that is needed to rebuild it and to prepare its input.
+
+    `backbone_state` loads into `EfficientNet.from_name(name, include_top=False,
+    image_size=image_size)`, whose padding depends on that size. The embedding of an image is
+    `projection @ features`, normalized to unit length; with `flip_tta` the features are the mean
+    over the image and its horizontal flip.
+
+    Args:
+        resize: side in pixels to which images are resized before the center crop of `image_size`.
+        mean, std: per channel, of values in [0, 1].
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    config = model.config
+    save_tensors(path, {
+        "kind": IMAGE_ENCODER,
+        "name": config.image_encoder,
+        "backbone_state": model.image_encoder.backbone.state_dict(),
+        "projection": model.image_projection.linear.weight.detach(),  # (D, F)
+        "image_size": config.image_size,
+        "resize": resize,
+        "flip_tta": config.flip_tta,
+        "mean": list(mean),
+        "std": list(std),
+    })

@@ -1,0 +1,212 @@
+"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` is what a step computes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from src.data.dataset import Batch, Flickr30kDataset, Item
+from src.data.loader import Prefetcher, sample_batches
+from src.data.transforms import sample_crops, train_transform
+from src.models.dual_encoder import DualEncoder
+from src.models.loss import contrastive_loss
+from src.utils.distributed import all_gather_with_grad, average_gradients, rank, split_evenly
+from src.utils.errors import UserError
+from src.utils.runtime import autocast, seed_all
+
+CHECK_SECONDS = 0.5  # how often the loss is read: on a GPU the host has to wait for it
+
+
+@dataclass
+class Progress:
+    """The state of an epoch between two steps, with which it can be continued.
+
+    Attributes:
+        losses: (steps of the epoch,) float32, the loss of each step so far.
+        lr: the learning rate of the first step.
+        step: steps done.
+        pairs: image-caption pairs trained on.
+        seconds: time spent.
+        wait_seconds: the part of it that was spent waiting for batches.
+    """
+
+    losses: torch.Tensor
+    lr: float
+    step: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def mean_loss(self) -> float:
+        """Return the mean loss of the steps so far."""
+        return self.losses[: self.step].double().mean().item()
+
+
+def train_one_epoch(
+    model: DualEncoder,
+    dataset: Flickr30kDataset,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    *,
+    batch_size: int,
+    captions_per_image: int,
+    flip: bool,
+    seed: int,
+    epoch: int,
+    dtype: torch.dtype = torch.float32,
+    chunk_size: int | None = None,
+    freeze_batchnorm: bool = False,
+    progress: Progress | None = None,
+    after_step: Callable[[Progress], bool] = lambda progress: False,
+) -> Progress:
+    """Train on every caption once, except those that do not fill the last batch.
+
+    Args:
+        model: on the device to train on.
+        dataset: the training split.
+        optimizer, scheduler, scaler: stepped once per batch.
+        batch_size: images per step, over all ranks.
+        captions_per_image: captions that each image of a batch brings.
+        flip: flip half of the images horizontally.
+        seed, epoch: with the number of the step the source of all random numbers.
+        dtype: of matrix products and convolutions, see `compute_dtype`.
+        chunk_size: images in memory at a time, None for the whole batch; see `forward_backward`.
+        freeze_batchnorm: normalize with the running statistics and do not update them.
+        progress: of an epoch that was interrupted, to continue it.
+        after_step: called after each step; returns whether to stop.
+
+    Returns:
+        The progress at the end of the epoch, or where `after_step` stopped it.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    device = model.logit_scale.device
+    model.train()
+    if freeze_batchnorm:
+        model.image_encoder.freeze_batchnorm()
+    batches = sample_batches(dataset, batch_size, captions_per_image, seed, epoch)
+    losses = torch.zeros(len(batches), device=device)
+    if progress is None:
+        progress = Progress(losses, lr=scheduler.get_last_lr()[0])
+    losses[: progress.step] = progress.losses[: progress.step]
+    progress.losses = losses
+    loader = Prefetcher(dataset, batches[progress.step :], device)
+    start, checked = time.perf_counter() - progress.seconds, 0.0
+    waited_before = progress.wait_seconds
+    with tqdm(loader, total=len(batches), initial=progress.step, desc=f"epoch {epoch}",
+              unit="step", disable=None if rank() == 0 else True, file=sys.stderr) as bar:
+        for batch in bar:
+            # The key makes a step a function of its number, so a resumed run draws the same numbers
+            # without a saved generator state.
+            loss = forward_backward(model, scaler, batch, flip=flip, dtype=dtype,
+                                    key=(seed, epoch, progress.step), chunk_size=chunk_size)
+            scaler.step(optimizer)  # skips the step if a float16 gradient is not finite
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            model.clamp_logit_scale()
+
+            progress.losses[progress.step] = loss  # stays on the device: no wait
+            progress.step += 1
+            progress.pairs += len(batch.image_index)
+            progress.seconds = time.perf_counter() - start
+            progress.wait_seconds = waited_before + loader.wait_seconds
+            if progress.seconds - checked > CHECK_SECONDS or progress.step == len(batches):
+                _check_finite(progress, dataset, batches, epoch, scheduler.get_last_lr()[0])
+                bar.set_postfix_str(f"loss {progress.mean_loss():.3f}, "
+                                    f"{progress.pairs / progress.seconds:,.0f} pairs/s")
+                checked = progress.seconds
+            if after_step(progress):
+                break
+    return progress
+
+
+def forward_backward(
+    model: DualEncoder, scaler: torch.amp.GradScaler, batch: Batch, *, flip: bool,
+    key: tuple[int, ...], dtype: torch.dtype = torch.float32, chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Add the gradients of the loss of a batch, over all ranks, to the parameters' gradients.
+
+    With `chunk_size` the gradients are cached as in Gao et al., "Scaling Deep Contrastive Learning
+    Batch Size under Memory Limited Setup", 2021: embed everything without a graph, compute the
+    loss's gradient with respect to the embeddings, then embed chunk by chunk again with the same
+    random numbers and propagate each chunk's part of that gradient. It is exact, takes the memory
+    of one chunk, and costs a second forward pass. (BatchNorm in training mode normalizes over a
+    chunk instead of the batch, and updates its statistics twice.)
+
+    Args:
+        model: in training mode, on the device of the batch.
+        scaler: scales the loss for float16.
+        batch: this rank's part of a batch.
+        flip: flip half of the images horizontally.
+        key: seeds all random numbers.
+        dtype: of matrix products and convolutions.
+        chunk_size: images in memory at a time; None for all at once.
+
+    Returns:
+        The loss of the whole batch, a scalar without gradient.
+    """
+    seed_all(*key)
+    crops = None
+    if batch.images.ndim == 4:  # pixels; features of a frozen encoder are not cropped
+        slack = batch.images.shape[1] - model.config.image_size
+        # Drawn for the whole batch, so that the crops do not depend on the number of ranks.
+        crops = sample_crops(len(batch.counts), slack, flip)[batch.local.start : batch.local.stop]
+    chunks = batch.chunks(chunk_size)
+
+    def embed(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image_slice, token_slice = chunks[number]
+        seed_all(*key, rank(), number)  # the same dropout masks in both passes
+        images = batch.images[image_slice]
+        if crops is not None:
+            images = train_transform(images, model.config.image_size, crops[image_slice])
+        with autocast(images.device, dtype):
+            return model(images, batch.tokens[token_slice])
+
+    one_pass = len(chunks) == 1
+    with torch.set_grad_enabled(one_pass):
+        embeddings = [embed(number) for number in range(len(chunks))]
+    images, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
+    if not one_pass:
+        images.requires_grad_()
+        texts.requires_grad_()
+
+    # Every rank computes the same loss of the whole batch: all images are negatives.
+    parts = split_evenly(len(batch.counts))
+    loss = contrastive_loss(
+        all_gather_with_grad(images, [len(part) for part in parts]),
+        all_gather_with_grad(texts, [batch.count_captions(part) for part in parts]),
+        batch.image_index, model.logit_scale,
+    )
+    scaler.scale(loss).backward()
+    if not one_pass:
+        for number, (image_slice, token_slice) in enumerate(chunks):
+            torch.autograd.backward(embed(number), (images.grad[image_slice],
+                                                    texts.grad[token_slice]))
+    # Not DistributedDataParallel: it averages in each backward pass, and a batch in chunks has
+    # several; its hooks would also be in the way of the gathered loss.
+    average_gradients(model)
+    return loss.detach()
+
+
+def _check_finite(
+    progress: Progress, dataset: Flickr30kDataset, batches: list[list[Item]], epoch: int, lr: float
+) -> None:
+    """Raise if a loss is not finite: further steps would only overwrite good weights."""
+    losses = progress.losses[: progress.step]
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).int().argmax())
+        names = [dataset.records[image].name for image, _ in batches[step]]
+        raise UserError(
+            f"the loss is no longer finite at epoch {epoch}, step {step} (lr {lr:.2g});\n"
+            f"images of that batch: {', '.join(names)}\n"
+            "The last good checkpoint is kept: continue from it with --resume and a smaller --lr"
+        )

@@ -1,0 +1,25 @@
+"""Recipes: named sets of defaults for the training flags. A flag on the command line has priority.
+"""
+
+RECIPES = {
+    # Fine-tune everything at one small learning rate, as BERT is fine-tuned.
+    "baseline": dict(
+        weights="imagenet", image_size=224, min_freq=2, token_dim=512, dropout=0.1,
+        drop_connect=0.2, word_dropout=0.0, epochs=5, batch_size=64, captions_per_image=1, lr=2e-5,
+        image_encoder_lr=None, weight_decay=0.01, schedule="constant", warmup_steps=0, flip=True,
+        head_epochs=0, freeze_batchnorm=False, flip_tta=False,
+        ema_decay=0.0,
+    ),
+}
+# First the heads on frozen features, then everything, with a learning rate for the image encoder and
+# a moving average of the weights. benchmarks/quality.md lists what was tried.
+RECIPES["strong"] = RECIPES["baseline"] | dict(
+    word_dropout=0.3, drop_connect=0.1, epochs=18, batch_size=128, captions_per_image=5, lr=1e-4,
+    image_encoder_lr=3e-4, schedule="cosine", warmup_steps=20, head_epochs=8, flip_tta=True,
+    ema_decay=0.99,
+)
+# From random weights, on images of 64 pixels.
+RECIPES["demo"] = RECIPES["baseline"] | dict(
+    weights="none", image_size=64, epochs=10, lr=3e-3, schedule="cosine", warmup_steps=20,
+    captions_per_image=5, flip=False, min_freq=1, drop_connect=0.0, word_dropout=0.1,
+)

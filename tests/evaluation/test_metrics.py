@@ -1,0 +1,164 @@
+"""Retrieval metrics against a slow loop that nobody can misread."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.evaluation.metrics import retrieval_metrics, retrieval_ranks, summarize_ranks
+
+
+def similarity_table(images: torch.Tensor, texts: torch.Tensor) -> list[list[float]]:
+    """Dot products (captions, images) as Python numbers."""
+    return (texts.double() @ images.double().T).tolist()
+
+
+def oracle_ranks(table: list[list[float]], owner: list[int]) -> tuple[list[int], list[int]]:
+    """Both directions' ranks by counting who is not surely worse."""
+    text_to_image = [
+        sum(not table[m][n] < table[m][owner[m]] for n in range(len(table[m])))
+        for m in range(len(owner))
+    ]
+    image_to_text = []
+    for n in range(len(table[0])):
+        own = [table[m][n] for m in range(len(owner)) if owner[m] == n]
+        others = [table[m][n] for m in range(len(owner)) if owner[m] != n]
+        if own:
+            best = math.nan if any(map(math.isnan, own)) else max(own)
+            image_to_text.append(1 + sum(not other < best for other in others))
+    return image_to_text, text_to_image
+
+
+def oracle_metrics(image_to_text: list[int], text_to_image: list[int]) -> dict[str, float]:
+    """Percentages, medians and means of lists of ranks."""
+    metrics = {}
+    for direction, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
+        for k in (1, 5, 10):
+            metrics[f"{direction}_R@{k}"] = 100 * (sum(r <= k for r in ranks) / len(ranks))
+        metrics[f"{direction}_median_rank"] = float(statistics.median(ranks))
+        metrics[f"{direction}_mean_rank"] = sum(ranks) / len(ranks)
+    metrics["rsum"] = sum(metrics[f"{d}_R@{k}"] for d in ("image_to_text", "text_to_image")
+                          for k in (1, 5, 10))
+    return metrics
+
+
+@st.composite
+def tied_embeddings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Few small whole numbers, so that similarities are exact and often tie; captions uneven,
+    shuffled, and for some photos none."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    n_images, n_texts = draw(st.integers(1, 14)), draw(st.integers(1, 40))
+    width, largest = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+
+    def rows(count: int) -> torch.Tensor:
+        return torch.tensor([[float(rng.randint(-largest, largest)) for _ in range(width)]
+                             for _ in range(count)])
+
+    return rows(n_images), rows(n_texts), [rng.randrange(n_images) for _ in range(n_texts)]
+
+
+@given(tied_embeddings())
+def test_equals_brute_force_to_the_last_digit(example):
+    """Recall, median, mean and rsum are those of a loop over lists, ties and all."""
+    images, texts, owner = example
+    ranks = oracle_ranks(similarity_table(images, texts), owner)
+    metrics = retrieval_metrics(images, texts, torch.tensor(owner))
+    assert metrics == oracle_metrics(*ranks)
+
+
+@given(tied_embeddings(), st.integers(0, 2**32))
+def test_order_of_captions_does_not_matter(example, seed):
+    """Shuffled captions have the same ranks, each at its new place."""
+    images, texts, owner = example
+    order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed))
+    image_index = torch.tensor(owner)
+    image_to_text, text_to_image = retrieval_ranks(images, texts, image_index)
+    shuffled = retrieval_ranks(images, texts[order], image_index[order])
+    assert torch.equal(shuffled[0], image_to_text)
+    assert torch.equal(shuffled[1], text_to_image[order])
+
+
+@pytest.mark.parametrize("max_elements", [1, 7, 60, 2**26])
+def test_block_size_changes_no_rank(max_elements):
+    """One row at a time, some, or all at once: the same ranks, in the same order."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (13, 3), generator=generator).float()
+    texts = torch.randint(-2, 3, (40, 3), generator=generator).float()
+    owner = torch.randint(0, 11, (40,), generator=generator)  # the last two photos have none
+    expected = oracle_ranks(similarity_table(images, texts), owner.tolist())
+    ranks = retrieval_ranks(images, texts, owner, max_elements)
+    assert [part.tolist() for part in ranks] == list(expected)
+
+
+def test_ranks_of_real_numbers():
+    """On random unit vectors, which do not tie, the ranks are the oracle's too."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.nn.functional.normalize(torch.randn(30, 16, generator=generator))
+    texts = torch.nn.functional.normalize(torch.randn(150, 16, generator=generator))
+    owner = torch.arange(150) % 30
+    expected = oracle_ranks(similarity_table(images, texts), owner.tolist())
+    assert [part.tolist() for part in retrieval_ranks(images, texts, owner)] == list(expected)
+
+
+def test_all_equal_similarities_rank_worst():
+    """A model that tells nothing apart stands last, not first: 1 of N, and after all others."""
+    image_to_text, text_to_image = retrieval_ranks(
+        torch.ones(4, 3), torch.ones(12, 3), torch.arange(12) // 3
+    )
+    assert text_to_image.tolist() == [4] * 12
+    assert image_to_text.tolist() == [1 + 9] * 4
+
+
+@pytest.mark.parametrize("where", ["images", "texts", "both"])
+def test_nan_is_never_found(where):
+    """A model that has left the numbers ranks worst everywhere; recall is 0 where that can be."""
+    images, texts = torch.eye(12), torch.eye(12).repeat_interleave(2, 0)
+    if where != "texts":
+        images = images * torch.nan
+    if where != "images":
+        texts = texts * torch.nan
+    image_index = torch.arange(24) // 2
+    image_to_text, text_to_image = retrieval_ranks(images, texts, image_index)
+    assert text_to_image.tolist() == [12] * 24
+    assert image_to_text.tolist() == [23] * 12
+    assert retrieval_metrics(images, texts, image_index)["rsum"] == 0
+
+
+def test_one_nan_caption_hurts_only():
+    """A caption of NaN is found by nobody and stands before every photo's own."""
+    images, texts = torch.eye(3), torch.eye(3)
+    texts[1] = torch.nan
+    image_to_text, text_to_image = retrieval_ranks(images, texts, torch.arange(3))
+    assert text_to_image.tolist() == [1, 3, 1]
+    assert image_to_text.tolist() == [2, 3, 2]
+
+
+def test_perfect_embeddings():
+    """Where every photo and caption meets only its own, all recalls are 100 and all ranks 1."""
+    metrics = retrieval_metrics(
+        torch.eye(20), torch.eye(20).repeat_interleave(5, 0), torch.arange(100) // 5
+    )
+    assert metrics.pop("rsum") == 600
+    assert {name: value for name, value in metrics.items() if "R@" in name and value != 100} == {}
+    assert {value for name, value in metrics.items() if "rank" in name} == {1}
+
+
+def test_float16_embeddings_are_scored_in_float32():
+    """Half-precision input is widened before the products: near neighbours still differ."""
+    images = torch.tensor([[1.0, 2**-10], [1.0, 0.0]], dtype=torch.float16)
+    texts = torch.tensor([[1.0, 2**-10]], dtype=torch.float16)  # 1 + 2^-20 against 1
+    assert retrieval_ranks(images, texts, torch.tensor([0]))[1].tolist() == [1]
+
+
+def test_median_between_two_ranks():
+    """An even number of ranks has its median half way."""
+    metrics = summarize_ranks(torch.tensor([1, 2, 5, 90]), torch.tensor([3]))
+    assert metrics["image_to_text_median_rank"] == 3.5
+    assert metrics["image_to_text_mean_rank"] == 24.5
+    assert metrics["text_to_image_median_rank"] == 3
