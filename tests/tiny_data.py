@@ -10,13 +10,13 @@ from PIL import Image
 COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
 
-def make_tiny_data(folder: Path, n_photos: int = 12) -> tuple[Path, Path]:
-    """Write photos of noise around a color, and a results.csv: (images, annotations)."""
+def make_tiny_data(folder: Path, n_images: int = 12) -> tuple[Path, Path]:
+    """Write images of noise around a color, and a results.csv: (images, annotations)."""
     images, annotations = folder / "images", folder / "annotations" / "annotations.csv"
     images.mkdir(parents=True)
     annotations.parent.mkdir(parents=True)
     lines = ["image_name| comment_number| comment"]
-    for i in range(n_photos):
+    for i in range(n_images):
         rng = np.random.default_rng(i)
         name = f"{1000 + i}.{'jpg' if i % 2 else 'png'}"
         pixels = rng.integers(0, 256, 3) + rng.integers(-30, 30, (20, 24, 3))
