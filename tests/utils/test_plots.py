@@ -15,7 +15,7 @@ from src.data.images import load_image
 from src.data.pixel_store import PixelStore
 from src.data.prepare import write_rejected
 from src.data.source import DataSource
-from src.evaluation.metrics import format_epoch, format_table
+from src.evaluation.metrics import EPOCH_HEADER, format_epoch, format_seconds, format_table
 from src.utils.plots import SheetRow, plot_contact_sheet, plot_curves
 
 BLUE, ORANGE, GREEN = (47, 111, 222), (232, 116, 59), (42, 157, 98)
@@ -35,7 +35,7 @@ def metrics(epoch: int, **changes: float) -> dict:
 def line(epoch: int, **changes: float) -> dict:
     """Return an epoch of a run's log."""
     return {"epoch": epoch, "loss": 4.0 / epoch, "metrics": metrics(epoch),
-            "time": {"seconds": 12.3, "wait_share": 0.0123}, **changes}
+            "time": {"seconds": 12.3, "validation_seconds": 0.4, "wait_share": 0.0123}, **changes}
 
 
 def images(count: int) -> list[np.ndarray]:
@@ -173,16 +173,26 @@ def test_input_without_issues_is_reported_so(tmp_path):
     assert (tmp_path / "rejected.csv").read_text().splitlines() == ["kind,where,name,reason,text"]
 
 
-@pytest.mark.parametrize("is_best", [False, True])
-def test_an_epoch_is_one_line(is_best):
-    """The line has the metrics of both directions, and marks the best epoch."""
-    text = format_epoch(line(2), is_best)
-    assert "\n" not in text
-    for part in ("epoch 2: loss 2.000", "text->image R@1/5/10 23.0 / 27.0 / 32.0, median rank 32",
-                 "image->text R@1/5/10 3.0 / 7.0 / 12.0, median rank 30", "rsum 123.4",
-                 "12 s (1.2% waiting for data)"):
-        assert part in text
-    assert text.endswith("(best)") == is_best
+@pytest.mark.parametrize(("is_best", "epochs"), [(False, 2), (True, 9), (True, 10_000)])
+def test_an_epoch_is_one_row_of_a_table(is_best, epochs):
+    """The row has the recalls of both directions in the columns of the header, a mark for the best
+    epoch, and an estimate of the remaining time; it fits 80 columns."""
+    row = format_epoch(line(2), is_best, epochs)
+    assert row.split()[:8] == ["2", "2.000", "23.0", "27.0", "32.0", "3.0", "7.0", "12.0"]
+    assert row.split()[8] == "123.4" + "*" * is_best
+    assert len(row) <= 80 and max(map(len, EPOCH_HEADER.splitlines())) <= 80
+    seconds = line(2)["time"]["seconds"] + line(2)["time"]["validation_seconds"]
+    times = [format_seconds(seconds)] + [format_seconds((epochs - 2) * seconds)] * (epochs > 2)
+    assert " ".join(row.split()[9:]) == " ".join(times)
+    for name, value in (("loss", "2.000"), ("rsum", "123.4"), ("R@10", "32.0")):
+        end = EPOCH_HEADER.splitlines()[1].index(name) + len(name)
+        assert row[:end].endswith(value)
+
+
+def test_times_have_a_unit():
+    """A time is in seconds, minutes or hours, by its size."""
+    assert [format_seconds(s) for s in (0, 89, 90, 5399, 5400, 360_000)] == [
+        "0 s", "89 s", "2 min", "90 min", "1.5 h", "100.0 h"]
 
 
 def test_table_has_every_metric():
