@@ -42,7 +42,7 @@ def train_transform(pixels: torch.Tensor, image_size: int, crops: torch.Tensor) 
         (B, 3, image_size, image_size) float32, ImageNet-normalized, channels_last.
     """
     if pixels.device.type == "cpu":
-        # Slices are copied by row, 2.7 times as fast on a CPU as the gather below.
+        # Slices are copied row by row, about twice as fast on a CPU as the gather below.
         views = [image[top : top + image_size, left : left + image_size]
                  for image, (top, left, _) in zip(pixels, crops.tolist(), strict=True)]
         flipped = crops[:, 2].tolist()
