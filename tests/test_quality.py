@@ -27,7 +27,7 @@ from src.training.engine import Progress, train_one_epoch
 from src.training.optim import build_optimizer, build_schedule
 from src.utils.errors import UserError
 from src.utils.runtime import grad_scaler, seed_all
-from tests.conftest import make_tiny_data
+from tests.tiny_data import make_tiny_data
 
 CPU = torch.device("cpu")
 
@@ -244,7 +244,7 @@ def test_fine_tuning_in_as_many_image_passes(tmp_path: Path, capsys: pytest.Capt
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain script, the seed recipe and the strong one see as many photos, heads aside; a
     second call prints the same table and trains nothing."""
-    images, annotations = make_tiny_data(tmp_path / "data", n_photos=40)
+    images, annotations = make_tiny_data(tmp_path / "data", n_images=40)
     passes = []
     original = train.train_one_epoch
 
