@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
                 return self._compiled(images).flatten(1)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = str(error).strip().partition("\n")[0]
-                print(f"note: torch.compile does not work here ({reason}); training goes on "
+                print(f"note: torch.compile does not work here ({reason}); training continues "
                       "without it", file=sys.stderr)
                 self._compiled = None
         features = self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
@@ -88,37 +88,39 @@ class ImageEncoder(nn.Module):
         return features
 
     def compile_training(self, backend: str = "inductor") -> None:
-        """Have torch.compile fuse what a step in training mode does, at its first call.
+        """Compile the backbone for training with torch.compile, at its first call.
 
-        The same function with the same random draws, up to rounding. Evaluation goes on as it is:
-        its batches are of any size, and each size would be compiled anew. Where compiling fails,
-        for want of a C compiler say, a note is printed, and training goes on without.
+        The compiled function draws the same random numbers; results differ by rounding. Evaluation
+        is not compiled, since each of its batch sizes would be compiled again. If compiling fails,
+        e.g. without a C compiler, a note is printed and training continues without it.
 
         Args:
-            backend: one of torch.compile's.
+            backend: of torch.compile.
         """
-        # Inductor would draw other numbers than torch does.
+        # Inductor's own generator would draw other numbers than eager PyTorch.
         options = {"fallback_random": True} if backend == "inductor" else None
         self._compiled = torch.compile(self.backbone.forward, backend=backend, options=options,
                                        dynamic=False, fullgraph=True)
 
     def freeze_batchnorm(self) -> None:
-        """Normalize with the running statistics from now on, until the next call of train().
+        """Normalize with the running statistics and do not update them, until train() is called.
 
-        Their scales and shifts go on learning.
+        Scales and shifts of BatchNorm are still trained.
         """
         for module in self.modules():
             if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 module.eval()
 
     def load_weights(self, weights: str) -> None:
-        """Load 'imagenet' (downloaded once, then from torch's cache), 'none' or a file of weights.
+        """Load pretrained weights; the classifier `_fc` is ignored.
 
-        The file may be one that efficientnet_pytorch publishes or any state in its names; the
-        classifier `_fc` is left out.
+        Args:
+            weights: 'imagenet' (downloaded once, then read from torch's cache), 'none' to keep the
+                random weights, or the path of a file with the parameter names of
+                efficientnet_pytorch.
 
         Raises:
-            UserError: no such file, weights of another network, or the download failed.
+            UserError: the file is missing or of another network, or the download failed.
         """
         if weights == "none":
             return
