@@ -148,10 +148,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
                          help="of products and convolutions in training; auto: bfloat16 where the "
                          "device has it (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                         help="fuse the image encoder's kernels with torch.compile, for a minute "
-                         "or more at the first step (default: on a GPU, in a run that is long "
-                         "enough)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                         help="compile the image encoder with torch.compile, which takes a minute "
+                         "or more at the first step (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
                          help="train each process's batch in pieces of this size: the same "
                          "gradient, but for BatchNorm where it is not frozen, in less memory, for "

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from src.utils.distributed import world_size
 from src.utils.errors import UserError
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,18 +57,6 @@ def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def should_compile(device: torch.device, steps: int, batchnorm_frozen: bool) -> bool:
-    """Return whether torch.compile saves more time in `steps` steps than it takes.
-
-    On a CPU it does not (measured, benchmarks/README.md). On a GPU a minute of compiling is
-    compared with about 10 ms per step, which launching EfficientNet's thousand kernels takes
-    longer than computing them. That is an estimate, not a measurement.
-    """
-    # SyncBatchNorm communicates between the kernels that compiling would fuse.
-    synchronized = world_size() > 1 and not batchnorm_frozen
-    return device.type == "cuda" and steps >= 6000 and not synchronized
 
 
 @cache

@@ -20,7 +20,6 @@ from src.utils.runtime import (
     grad_scaler,
     pick_device,
     seed_all,
-    should_compile,
     stop_on_request,
     tune_malloc,
 )
@@ -143,13 +142,6 @@ def test_a_cpu_computes_in_bfloat16_if_it_has_instructions(monkeypatch, flags, e
         assert compute_dtype(CPU, precision) == (dtype or expected)
     with autocast(CPU, expected):
         assert torch.is_autocast_enabled("cpu") == (expected == torch.bfloat16)
-
-
-def test_compiling_is_for_long_runs_on_gpus():
-    """Never on a CPU; on a GPU from some thousands of steps on."""
-    gpu = torch.device("cuda")
-    assert not should_compile(CPU, 10**9, False)
-    assert not should_compile(gpu, 100, False) and should_compile(gpu, 10**5, False)
 
 
 def test_tuned_malloc_changes_no_value():
