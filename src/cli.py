@@ -152,9 +152,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
                          help="of matrix products and convolutions in training; auto is bfloat16 "
                          "if the device supports it (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
-                         "or more at the first step (default: on a GPU, if the run is long enough)")
+                         "or more at the first step (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
                          help="train the batch of each process in chunks of this size: the same "
                          "gradient in less memory, for a second forward pass; BatchNorm, unless "

@@ -48,6 +48,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.name, self.image_size, self.flip_tta = name, image_size, flip_tta
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._tried: set[tuple] = set()  # kinds of input that have been compiled
         # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
         # few hundred steps evaluate with statistics of the weights that they end with.
         self.backbone = EfficientNet.from_name(
@@ -74,51 +75,75 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) normalized images -> (B, F) features."""
-        if self._compiled and self.training:
-            try:
-                return self._compiled(images).flatten(1)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = str(error).strip().partition("\n")[0]
-                print(f"note: torch.compile does not work here ({reason}); training goes on "
-                      "without it", file=sys.stderr)
-                self._compiled = None
+        if self._compiled and self.training and self._try_compiled(images):
+            return self._compiled(images).flatten(1)
         features = self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
         if self.flip_tta and not self.training:
             features = (features + self.backbone(images.flip(3)).flatten(1)) / 2
         return features
 
     def compile_training(self, backend: str = "inductor") -> None:
-        """Have torch.compile fuse what a step in training mode does, at its first call.
+        """Compile the backbone for training with torch.compile, at its first call.
 
-        The same function with the same random draws, up to rounding. Evaluation goes on as it is:
-        its batches are of any size, and each size would be compiled anew. Where compiling fails,
-        for want of a C compiler say, a note is printed, and training goes on without.
+        The compiled function draws the same random numbers; results differ by rounding. Evaluation
+        is not compiled, since each of its batch sizes would be compiled again. If compiling fails,
+        forward or backward, a note is printed and training continues without it.
 
         Args:
-            backend: one of torch.compile's.
+            backend: of torch.compile.
         """
-        # Inductor would draw other numbers than torch does.
+        # Inductor's own generator would draw other numbers than eager PyTorch.
         options = {"fallback_random": True} if backend == "inductor" else None
         self._compiled = torch.compile(self.backbone.forward, backend=backend, options=options,
                                        dynamic=False, fullgraph=True)
 
-    def freeze_batchnorm(self) -> None:
-        """Normalize with the running statistics from now on, until the next call of train().
+    def _try_compiled(self, images: torch.Tensor) -> bool:
+        """Compile a step for such images if they are the first ones, and return whether it works.
 
-        Their scales and shifts go on learning.
+        The backward pass is compiled too, which otherwise happens in the middle of a real step.
+        """
+        kind = (images.shape, torch.is_grad_enabled(), self.backbone._bn0.training)
+        if kind in self._tried:
+            return True
+        statistics = [buffer.clone() for buffer in self.buffers()]
+        devices = [images.device] if images.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices):
+                features = self._compiled(images)
+                if features.requires_grad:
+                    torch.autograd.grad(features.sum(), self.backbone._conv_stem.weight)
+            self._tried.add(kind)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every part of the compiler raises exceptions of its own
+            reason = " ".join(str(error).split("\n")[:2])
+            print(f"note: torch.compile does not work here ({type(error).__name__}: {reason}); "
+                  "training continues without it", file=sys.stderr)
+            self._compiled = None
+        torch.clear_autocast_cache()  # it holds casts of the weights that belong to this attempt
+        for buffer, value in zip(self.buffers(), statistics, strict=True):
+            buffer.copy_(value)
+        return self.compiled
+
+    def freeze_batchnorm(self) -> None:
+        """Normalize with the running statistics and do not update them, until train() is called.
+
+        Scales and shifts of BatchNorm are still trained.
         """
         for module in self.modules():
             if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 module.eval()
 
     def load_weights(self, weights: str) -> None:
-        """Load 'imagenet' (downloaded once, then from torch's cache), 'none' or a file of weights.
+        """Load pretrained weights; the classifier `_fc` is ignored.
 
-        The file may be one that efficientnet_pytorch publishes or any state in its names; the
-        classifier `_fc` is left out.
+        Args:
+            weights: 'imagenet' (downloaded once, then read from torch's cache), 'none' to keep the
+                random weights, or the path of a file with the parameter names of
+                efficientnet_pytorch.
 
         Raises:
-            UserError: no such file, weights of another network, or the download failed.
+            UserError: the file is missing or of another network, or the download failed.
         """
         if weights == "none":
             return
