@@ -3,8 +3,8 @@
     python train_image_only.py         # results/models/flickr30k_clip_best.pth
                                        #   -> results/models/image_encoder_from_clip.pth
 
-The file holds the EfficientNet, its projection to the shared space, and what is needed to feed it
-(name, input size, mean, deviation); the README shows the dozen lines that load it.
+The file holds the EfficientNet, its projection to the shared space, and what is needed to prepare
+its input (name, size, mean, standard deviation); the README shows the dozen lines that load it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from pathlib import Path
 
 from src.cli import Parser, add_results_arguments, resolve_results
 from src.data.pixel_store import store_size
-from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from src.models.checkpoint import export_image_encoder, load_checkpoint
 from src.utils.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the checkpoint, write the image encoder. Returns the exit status."""
+    """Load a checkpoint and write its image encoder. Returns the exit status."""
     parser = Parser(description=__doc__)
     add_results_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
@@ -30,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     results = resolve_results(args)
     checkpoint, output = args.checkpoint or results.best, args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
-    export_image_encoder(output, model, resize=store_size(model.config.image_size),
-                         mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    export_image_encoder(output, model, resize=store_size(model.config.image_size))
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "
           f"({output.stat().st_size / 1e6:.1f} MB): {output}")
     return 0
