@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from src.training.recipes import RECIPES
+from src.training.recipes import IMAGE_SIZES, RECIPES
 from src.utils.errors import UserError
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -174,10 +174,13 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> Non
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--demo", action="store_true")
     chooser.add_argument("--recipe")
+    chooser.add_argument("--image-encoder")
     chosen = chooser.parse_known_args(argv)[0]
     recipe = chosen.recipe or ("demo" if chosen.demo else "baseline")
     # `parser` itself refuses an unknown recipe.
     parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
+    if recipe != "demo" and chosen.image_encoder in IMAGE_SIZES:
+        parser.set_defaults(image_size=IMAGE_SIZES[chosen.image_encoder])
 
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:

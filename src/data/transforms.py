@@ -72,7 +72,7 @@ def eval_transform(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
 
 
 def _normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 with ImageNet's mean and standard deviation."""
+    """Map (B, H, W, 3) uint8 to (B, 3, H, W) float32 with ImageNet's mean and deviation."""
     mean, std = _statistics(pixels.device)
     # Whole rows at a time: broadcasting three numbers over an image is half as fast on a CPU.
     width = pixels.shape[2]
