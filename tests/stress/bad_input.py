@@ -43,14 +43,14 @@ GOOD_CAPTIONS = [
 
 
 def plain(seed: int, height: int = 40, width: int = 40) -> Image.Image:
-    """A picture of a color with some noise."""
+    """A image of a color with some noise."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, 3) + rng.integers(-30, 30, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def flat_jpeg(side: int) -> bytes:
-    """A whole grey JPEG of any side that 16 divides, without the memory to make one."""
+    """A whole gray JPEG of any side that 16 divides, without the memory to make one."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 128).save(buffer, "JPEG")
     content = buffer.getvalue()
@@ -81,7 +81,7 @@ def huge_jpeg(side: int = 30_000) -> bytes:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The picture as a file."""
+    """The image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -93,11 +93,11 @@ def write_photos(folder: Path) -> dict[str, str]:
     clear.putalpha(Image.linear_gradient("L").resize((40, 40)))
     exif = Image.Exif()
     exif[274] = 6
-    grey16 = Image.fromarray(np.linspace(0, 65_535, 1600).astype(np.uint16).reshape(40, 40))
+    gray16 = Image.fromarray(np.linspace(0, 65_535, 1600).astype(np.uint16).reshape(40, 40))
     whole = encoded(plain(2, 300, 300), "JPEG")
     good = {
-        "grey.png": encoded(plain(3).convert("L"), "PNG"), "16 bit.png": encoded(grey16, "PNG"),
-        "16 bit.tif": encoded(grey16, "TIFF"), "bits.png": encoded(plain(3).convert("1"), "PNG"),
+        "gray.png": encoded(plain(3).convert("L"), "PNG"), "16 bit.png": encoded(gray16, "PNG"),
+        "16 bit.tif": encoded(gray16, "TIFF"), "bits.png": encoded(plain(3).convert("1"), "PNG"),
         "palette.gif": encoded(plain(3).convert("P"), "GIF"), "alpha.png": encoded(clear, "PNG"),
         "palette and alpha.png": encoded(clear.quantize(), "PNG"),
         "cmyk.jpg": encoded(plain(4).convert("CMYK"), "JPEG"),
@@ -112,7 +112,7 @@ def write_photos(folder: Path) -> dict[str, str]:
         **{name: encoded(plain(11 + i), "PNG") for i, name in enumerate(GOOD_NAMES)},
     }
     bad = {
-        "empty.jpg": b"", "text.jpg": b"no picture\n", "cut.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"", "text.jpg": b"no image\n", "cut.jpg": whole[: len(whole) // 2],
         "bytes.jpg": bytes(range(256)), "start.jpg": whole[:20], "huge.png": huge_png(),
         "huge.jpg": huge_jpeg(), "page.html.jpg": b"<html><img src=x onerror=alert(1)>",
         "vector.jpg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -127,7 +127,7 @@ def write_photos(folder: Path) -> dict[str, str]:
     outside = folder.parent / "private.png"
     outside.write_bytes(encoded(plain(99), "PNG"))
     (folder / "link out.png").symlink_to(outside)
-    (folder / "link within.png").symlink_to("grey.png")
+    (folder / "link within.png").symlink_to("gray.png")
     (folder / "link to nothing.png").symlink_to(folder / "nothing")
     return {**dict.fromkeys(good, READ), **dict.fromkeys(bad, UNREADABLE), "link within.png": READ,
             "link out.png": UNREADABLE, "folder.jpg": MISSING, "pipe.jpg": MISSING,
@@ -146,7 +146,7 @@ def write_world(folder: Path, n_plain: int = 24) -> tuple[Path, Path, dict[str, 
     for i in range(n_plain):
         outcomes[f"plain {i}.jpg"] = READ
         (images / f"plain {i}.jpg").write_bytes(encoded(plain(1000 + i), "JPEG"))
-    counts = {"one.png": 1, "grey.png": 50}
+    counts = {"one.png": 1, "gray.png": 50}
     photos = [{"filename": name, "sentences": [
         {"raw": f"A {'red' if i % 2 else 'blue'} thing number {i} ."}
         for i in range(counts.get(name, 2 if outcomes[name] == READ else 1))]} for name in outcomes]
@@ -169,7 +169,7 @@ def other_files() -> dict[str, bytes]:
     """Files that are no caption file, by name."""
     return {
         "empty.csv": b"", "blank.csv": b" \n\r\n\t", "mark.csv": b"\xef\xbb\xbf",
-        "photo.csv": encoded(plain(0), "JPEG"), "picture.csv": encoded(plain(0), "PNG"),
+        "photo.csv": encoded(plain(0), "JPEG"), "image.csv": encoded(plain(0), "PNG"),
         "table.xlsx": packed({"xl/workbook.xml": "<workbook/>"}), "page.pdf": b"%PDF-1.7\n\xff\xfe",
         "other.csv": b"id;price\n1;2\n", "numbers.csv": b"a,b,c\n1,2,3\n", "prose.txt": b"A dog .",
         "wide.csv": "image_name| comment_number| comment\na.jpg| 0| x\n".encode("utf-16"),

@@ -224,7 +224,7 @@ def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
     for ran in runs:
         assert ran.returncode == 0, ran.stderr
         assert [result["path"] for result in json.loads(ran.stdout)["results"]] == paths
-        assert ran.stderr.count("003.png: not a picture") == 1
+        assert ran.stderr.count("003.png: not an image") == 1
 
 
 def test_a_failed_search_ends_all_its_processes(tmp_path, trained):
