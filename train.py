@@ -88,9 +88,7 @@ def train(
     # --- model ---------------------------------------------------------------------------------
     model = resumed.model if resumed else build_model(args, tokenizer)
     model = distributed.convert_sync_batchnorm(model.to(device))
-    tuned_steps = (args.epochs - frozen_epochs) * steps_per_epoch
-    if args.compile or (args.compile is None and runtime.should_compile(
-            device, tuned_steps, args.freeze_batchnorm)):
+    if args.compile:
         model.image_encoder.compile_training()
     print(f"model: {model.summary()}, on {device}")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from src.cli import Parser, add_results_arguments, resolve_results
 from src.data.pixel_store import store_size
-from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from src.models.checkpoint import export_image_encoder, load_checkpoint
 from src.utils.errors import run_script
 
@@ -33,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     results = resolve_results(args)
     checkpoint, output = args.checkpoint or results.best, args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
-    export_image_encoder(output, model, resize=store_size(model.config.image_size),
-                         mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    export_image_encoder(output, model, resize=store_size(model.config.image_size))
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "
           f"({output.stat().st_size / 1e6:.1f} MB): {output}")
     return 0

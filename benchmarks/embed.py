@@ -1,4 +1,4 @@
-"""Embedding photos: the plain script's way and ours.
+"""Embedding photos: the naive script's and ours.
 
     python -m benchmarks.embed [--photos FOLDER] [--weights FILE]
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks import plain
+from benchmarks import naive
 from benchmarks.photos import write_data_set
 from benchmarks.timing import machine, one_process_each, ratio, spread
 from src.data.dataset import Flickr30kDataset
@@ -33,7 +33,7 @@ from src.search.update_index import update_index
 from src.utils.runtime import pick_device, seed_all, tune_malloc
 
 SIZE = 224
-CONTENDERS = ("plain", "ours", "ours, from files")
+CONTENDERS = ("naive", "ours", "ours, from files")
 
 
 def main() -> int:
@@ -69,34 +69,34 @@ def table(args: argparse.Namespace, device: str) -> None:
     reports = one_process_each("benchmarks.embed", list(CONTENDERS), args.repeats, flags)
     print(f"\non {device}: {args.count} photos at {SIZE}, "
           f"{'real' if args.photos else 'generated'}, {args.repeats} runs")
-    plainly = np.array(reports["plain"][0]["embeddings"])
+    naively = np.array(reports["naive"][0]["embeddings"])
     seconds = {name: [report["seconds"] for report in own] for name, own in reports.items()}
     for name, own in reports.items():
-        cosine = (plainly * np.array(own[0]["embeddings"])).sum(1).min()
+        cosine = (naively * np.array(own[0]["embeddings"])).sum(1).min()
         speed = args.count / sorted(seconds[name])[len(seconds[name]) // 2]
         print(f"  {name:17} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s   "
-              f"plain / this {ratio(seconds['plain'], seconds[name])}   "
-              f"least cosine to plain {cosine:.5f}")
+              f"naive / this {ratio(seconds['naive'], seconds[name])}   "
+              f"least cosine to naive {cosine:.5f}")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds of one contender, and the embeddings of the first photos."""
-    if args.one != "plain":
+    if args.one != "naive":
         tune_malloc()  # as evaluate.py and search.py do
     device = pick_device(args.device)
     records = write_data_set(folder, args.count + 1, args.photos).splits["train"]
     names = [record.name for record in records]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     pairs = [(folder / "images" / record.name, record.captions[0]) for record in records]
-    loader = plain.plain_loader(pairs, tokenizer.encode, SIZE, batch_size=64)
+    loader = naive.naive_loader(pairs, tokenizer.encode, SIZE, batch_size=64)
     model = make_model(len(tokenizer), args.weights, loader).to(device)
-    if args.one == "plain":
-        other = plain.PlainModel(len(tokenizer), SIZE, 0.0, 0.0)
+    if args.one == "naive":
+        other = naive.NaiveModel(len(tokenizer), SIZE, 0.0, 0.0)
         other.load_state_dict(model.state_dict())
         other.to(device)
-        plain.embed(other, [next(iter(loader))], device)  # warms up
+        naive.embed(other, [next(iter(loader))], device)  # warms up
         start = time.perf_counter()
-        embeddings = plain.embed(other, loader, device)
+        embeddings = naive.embed(other, loader, device)
     elif args.one == "ours":
         store = PixelStore.build(folder, folder / "images", names, SIZE)
         dataset = Flickr30kDataset(records, store, tokenizer)

@@ -1,4 +1,4 @@
-"""The way from photos on the disk to batches: the plain script's and ours.
+"""The way from photos on the disk to batches: the naive script's and ours.
 
     python -m benchmarks.input [--photos FOLDER]
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import plain
+from benchmarks import naive
 from benchmarks.photos import write_data_set
 from benchmarks.timing import interleaved, machine, ratio
 from src.data.dataset import Flickr30kDataset
@@ -61,8 +61,8 @@ def feeding(folder: Path, source: DataSource) -> None:
     pairs = [(source.images / r.name, r.captions[0]) for r in records]
     batches = sample_batches(dataset, BATCH, captions_per_image=1, seed=0, epoch=1)[: N_FEED // BATCH]
 
-    def plainly() -> None:
-        for _ in plain.plain_loader(pairs, tokenizer.encode, SIZE, BATCH):
+    def naively() -> None:
+        for _ in naive.naive_loader(pairs, tokenizer.encode, SIZE, BATCH):
             pass
 
     def ours() -> None:
@@ -75,9 +75,9 @@ def feeding(folder: Path, source: DataSource) -> None:
             train_transform(pixels, SIZE, sample_crops(BATCH, pixels.shape[1] - SIZE, flip=True))
 
     torch.set_num_threads(1)
-    times = interleaved([plainly, ours, ours_as_floats])
-    print("\nfeeding, one core: photos a second, and how many times the plain script's")
-    rows = ("plain: decode, resize, normalize, tokenize", "ours: bytes from the store, tokens",
+    times = interleaved([naively, ours, ours_as_floats])
+    print("\nfeeding, one core: photos a second, and how many times the naive script's")
+    rows = ("naive: decode, resize, normalize, tokenize", "ours: bytes from the store, tokens",
             "ours with crop, flip, normalize on the CPU too")
     show(rows, times, N_FEED)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from src.training.recipes import RECIPES
+from src.training.recipes import IMAGE_SIZES, RECIPES
 from src.utils.errors import UserError
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -81,7 +81,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("model")
     group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                       metavar="NAME", help="efficientnet-b0 to -b7 (default: %(default)s)")
+                       metavar="NAME",
+                       help=f"{', '.join(IMAGE_ENCODERS)} (default: %(default)s)")
     group.add_argument("--weights", metavar="imagenet|none|PATH",
                        help="initial weights of the image encoder (default: %(default)s)")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
@@ -152,9 +153,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
                          help="of matrix products and convolutions in training; auto is bfloat16 "
                          "if the device supports it (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
-                         "or more at the first step (default: on a GPU, if the run is long enough)")
+                         "or more at the first step (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
                          help="train the batch of each process in chunks of this size: the same "
                          "gradient in less memory, for a second forward pass; BatchNorm, unless "
@@ -174,10 +175,13 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> Non
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--demo", action="store_true")
     chooser.add_argument("--recipe")
+    chooser.add_argument("--image-encoder")
     chosen = chooser.parse_known_args(argv)[0]
     recipe = chosen.recipe or ("demo" if chosen.demo else "baseline")
     # `parser` itself refuses an unknown recipe.
     parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
+    if recipe != "demo" and chosen.image_encoder in IMAGE_SIZES:
+        parser.set_defaults(image_size=IMAGE_SIZES[chosen.image_encoder])
 
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:

@@ -1,4 +1,4 @@
-"""The scripts that we measure against compute what ours does."""
+"""The scripts of the benchmarks compute the same as this project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import plain
+from benchmarks import naive
 from benchmarks.photos import write_data_set
 from benchmarks.timing import PeakMemory
 from src.data.pixel_store import PixelStore
@@ -22,26 +22,26 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[DualEncoder, plain.PlainModel]:
-    """Both with the same weights, and nothing dropped."""
+def models() -> tuple[DualEncoder, naive.NaiveModel]:
+    """Return both models with the same weights and without dropout."""
     torch.manual_seed(0)
     ours = DualEncoder(ModelConfig(50, image_size=SIZE, dropout=0.0, drop_connect=0.0))
-    theirs = plain.PlainModel(50, SIZE, dropout=0.0, drop_connect=0.0)
+    theirs = naive.NaiveModel(50, SIZE, dropout=0.0, drop_connect=0.0)
     theirs.load_state_dict(ours.state_dict())  # every name, every shape
     return ours.train(), theirs.train()
 
 
-def test_plain_model_is_ours(models: tuple) -> None:
+def test_naive_model_is_ours(models: tuple) -> None:
     """The same embeddings, loss and gradients from the same weights and batch."""
     ours, theirs = models
     images = torch.randn(6, 3, SIZE, SIZE)
     tokens = torch.randint(2, 50, (6, 8))
     tokens[:, 5:] = 0
     loss = contrastive_loss(*ours(images, tokens), torch.arange(6), ours.logit_scale)
-    plain_loss = plain.plain_loss(*theirs(images, tokens), theirs.logit_scale.exp())
-    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)
+    naive_loss = naive.naive_loss(*theirs(images, tokens), theirs.logit_scale.exp())
+    assert loss.item() == pytest.approx(naive_loss.item(), rel=1e-4)
     loss.backward()
-    plain_loss.backward()
+    naive_loss.backward()
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         other = gradients[name].grad
@@ -49,28 +49,28 @@ def test_plain_model_is_ours(models: tuple) -> None:
         assert error < 1e-2, name
 
 
-def test_plain_photos_are_ours(tmp_path: Path) -> None:
+def test_naive_photos_are_ours(tmp_path: Path) -> None:
     """Decoding, resizing and normalising by hand gives what comes from the store."""
     source = write_data_set(tmp_path, 4)
     records = source.splits["train"]
     names = [record.name for record in records]
     pairs = [(source.images / record.name, record.captions[0]) for record in records]
     tokenizer = Tokenizer.from_captions([caption for _, caption in pairs], 1, 32)
-    images, tokens = next(iter(plain.plain_loader(pairs, tokenizer.encode, 224, len(pairs))))
+    images, tokens = next(iter(naive.naive_loader(pairs, tokenizer.encode, 224, len(pairs))))
     store = PixelStore.build(tmp_path / "store", source.images, names, 224)
     pixels = torch.from_numpy(store.pixels[[store.rows[name] for name in names]])
     torch.testing.assert_close(images, eval_transform(pixels, 224), rtol=0, atol=1e-5)
     assert torch.equal(tokens, tokenizer.encode([caption for _, caption in pairs]))
 
 
-def test_plain_training_learns(models: tuple, tmp_path: Path) -> None:
-    """A step of the plain script is AdamW's: an epoch of one batch twice lowers its loss."""
+def test_naive_training_learns(models: tuple, tmp_path: Path) -> None:
+    """A step of the naive script is AdamW's: an epoch of one batch twice lowers its loss."""
     source = write_data_set(tmp_path, 7)
     pairs = [(source.images / r.name, r.captions[0]) for r in source.splits["train"]]
     tokenizer = Tokenizer.from_captions([caption for _, caption in pairs], 1, 8)
-    model = plain.PlainModel(len(tokenizer), SIZE, dropout=0.0, drop_connect=0.0)
-    loader = plain.plain_loader(pairs * 2, tokenizer.encode, SIZE, len(pairs))
-    first, second = plain.train(model, loader, plain.plain_loss, lr=1e-3,
+    model = naive.NaiveModel(len(tokenizer), SIZE, dropout=0.0, drop_connect=0.0)
+    loader = naive.naive_loader(pairs * 2, tokenizer.encode, SIZE, len(pairs))
+    first, second = naive.train(model, loader, naive.naive_loss, lr=1e-3,
                                 device=torch.device("cpu"), mixed_precision=False)
     assert second < first
 

@@ -1,4 +1,4 @@
-"""The door to picture files: any picture -> upright RGB, and back into a file."""
+"""Read any image file as an upright RGB image, and write image files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from src.utils.files import write_atomic
 
-MAX_PIXELS = 100_000_000  # decoded: what the largest cameras take, 2 GB while it is converted
+MAX_PIXELS = 100_000_000  # what the largest cameras take; 2 GB of memory during conversion
 LARGE_PIXELS = 2**24
-LARGE = threading.Lock()  # large pictures come one at a time, however many threads decode
+LARGE = threading.Lock()  # large images are decoded one at a time, however many threads decode
 Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
-# Of corrupt EXIF and the like; the pixels decide. For good, since catch_warnings in the decoding
-# threads would race for the process's filters.
+# Pillow warns of corrupt EXIF and the like, which does not matter for the pixels. Not with
+# catch_warnings: the decoding threads would race for the filters of the process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-TURNS = {  # EXIF orientation -> what turns the photo upright
+TRANSPOSE = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -30,30 +30,31 @@ TURNS = {  # EXIF orientation -> what turns the photo upright
 
 
 class ReadError(ValueError):
-    """The disk or the memory failed, not the picture: another try may go well."""
+    """The disk or the memory failed, not the image: another try may succeed."""
 
 
 def load_image(path: Path, longest: int | None = None) -> Image.Image:
-    """Decode one photo: RGB, upright by its EXIF orientation, transparency over white.
+    """Decode an image as RGB, upright by its EXIF orientation, transparency over white.
 
     Args:
-        path: any format that Pillow reads; of an animation the first frame.
+        path: any format that Pillow reads; of an animation the first frame is taken.
         longest: shrink so that no side is longer than this many pixels.
 
     Raises:
-        ValueError: not a readable picture; the message says why. A ReadError where that may pass.
+        ValueError: the file is not a readable image; the message gives the reason. It is a
+            ReadError if another try may succeed.
     """
     try:
         with Image.open(path) as image:
-            # Lets the JPEG decoder skip detail that is thrown away anyway. A progressive JPEG is
+            # Lets the JPEG decoder skip detail that would be thrown away. A progressive JPEG is
             # held in memory as a whole all the same, so its full size counts below.
             if longest and not image.info.get("progressive"):
                 image.draft("RGB", (longest, longest))
             n_pixels = image.width * image.height
             if n_pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            if image.format == "EPS":  # Pillow would run Ghostscript on the stranger's program
-                raise ValueError("PostScript is a program, not a picture")
+            if image.format == "EPS":  # Pillow would run Ghostscript on it
+                raise ValueError("PostScript is a program, not an image")
             with LARGE if n_pixels > LARGE_PIXELS else nullcontext():
                 image.load()
                 image = _to_rgb(_upright(image))
@@ -61,33 +62,33 @@ def load_image(path: Path, longest: int | None = None) -> Image.Image:
                     image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
                 return image
     except UnidentifiedImageError as error:
-        raise ValueError("not a picture in a known format") from error
+        raise ValueError("not an image in a known format") from error
     except MemoryError as error:
         raise ReadError("not enough memory") from error
-    except Exception as error:  # Pillow's readers raise anything at all on broken files
+    except Exception as error:  # Pillow's readers raise exceptions of any type on broken files
         if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
             raise ReadError(error.strerror or str(error)) from error
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The photo turned as its EXIF says, if it says so legibly.
+    """Return the image rotated as its EXIF orientation says, if that can be read.
 
-    ImageOps.exif_transpose also writes the EXIF anew, which fails on odd tags of intact photos.
+    ImageOps.exif_transpose also writes new EXIF data, which fails on odd tags of intact images.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # EXIF as broken as it likes to be: the pixels are there
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        method = TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # corrupt EXIF does not affect the pixels
+        method = None
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. convert() alone clips 16-bit grey to white and shows what is transparent."""
+    """Return RGB from any mode; convert() alone clips 16-bit gray and shows hidden colors."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        scale = 65535 if image.mode.startswith("I") else max(1.0, float(grey.max()))
-        image = Image.fromarray((grey.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        scale = 65535 if image.mode.startswith("I") else max(1.0, float(gray.max()))
+        image = Image.fromarray((gray.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -95,32 +96,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_escaping_links(folder: Path, names: list[str]) -> set[str]:
-    """Those of `names` that lie outside `folder` in truth: links, or files in linked folders.
+    """Return those of `names` that are outside `folder`: links, or files in linked folders.
 
-    By such a name a stranger's photos would show the user's own, or put them on a web page.
+    A dataset from an untrusted source could otherwise show private images, or publish them on a
+    web page.
     """
     root, real_folder = os.path.realpath(folder), cache(os.path.realpath)
 
-    def leads_out(name: str) -> bool:
+    def escapes(name: str) -> bool:
         path = os.path.join(root, name)
         real = os.path.realpath(path) if os.path.islink(path) else real_folder(
             os.path.dirname(path))
         return os.path.commonpath([root, real]) != root
 
-    return {name for name in names if leads_out(name)}
+    return {name for name in names if escapes(name)}
 
 
 def load_resized(path: Path, size: int) -> np.ndarray:
-    """The whole photo squeezed to a square: (size, size, 3) uint8. Raises ValueError as load_image.
+    """Return the whole image as a square, (size, size, 3) uint8; raise ValueError like load_image.
 
-    Squeezing keeps what stands at the borders, which captions speak of and a centre crop loses.
+    The aspect ratio is not kept: captions also describe what a center crop would cut off.
     """
     image = load_image(path, longest=None if size > 512 else 4 * size)
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
-    """Write a picture, (H, W, 3) uint8 or PIL, in the format of the path's suffix, atomically."""
+    """Write an image, (H, W, 3) uint8 or PIL, atomically, in the format of the path's suffix."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     buffer = io.BytesIO()

@@ -1,8 +1,8 @@
-"""Retrieval metrics from similarities: pure tensors, no model.
+"""Retrieval metrics, computed from embeddings.
 
-The protocol of the Flickr30k papers: unique photos against all their captions; a photo is found by
-a caption if it is among the K best photos, a caption by a photo if any of the photo's captions is
-among the K best captions. Ties count against the model, and so does NaN.
+The protocol of the Flickr30k papers: each image once, against all captions. A caption finds its
+image if that is among the K most similar images; an image finds a caption if any of its own
+captions is among the K most similar captions. Ties count against the model, and so does NaN.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ RECALL_AT = (1, 5, 10)
 
 
 def text_to_image_ranks(similarity: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-    """Rank of each caption's photo among all photos, from 1.
+    """Return the rank of each caption's image among all images: (M,) int64, from 1.
 
     Args:
         similarity: (M, N), captions by images.
-        image_index: (M,) int64, the column of each caption's photo.
-
-    Returns:
-        (M,) int64.
+        image_index: (M,) int64, the column of each caption's image.
     """
     own = similarity.gather(1, image_index[:, None])  # (M, 1)
     # Not `similarity >= own`: that is False for NaN, and a broken model would have perfect recall.
@@ -28,16 +25,16 @@ def text_to_image_ranks(similarity: torch.Tensor, image_index: torch.Tensor) -> 
 
 
 def image_to_text_ranks(similarity: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-    """Rank of the best of each photo's captions among all photos' captions, from 1.
+    """Return the rank of the best of each image's captions among all captions, from 1.
 
-    Only captions of other photos can stand before it.
+    Only captions of other images count as ranked before it.
 
     Args:
         similarity: (M, B), all captions by some images.
-        image_index: (M,) int64, the column of each caption's photo; -1 for photos not among these.
+        image_index: (M,) int64, the column of each caption's image; -1 for images not among these.
 
     Returns:
-        (B,) int64; 0 for a photo without captions.
+        (B,) int64; 0 for an image without captions.
     """
     own = image_index[:, None] == torch.arange(similarity.shape[1], device=similarity.device)
     best = similarity.masked_fill(~own, -torch.inf).amax(0)  # (B,); NaN if one of its own is
@@ -51,16 +48,16 @@ def retrieval_ranks(
     image_index: torch.Tensor,
     max_elements: int = 2**26,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both directions' ranks, block by block, in float32.
+    """Return the ranks of both directions, computed block by block in float32.
 
     Args:
         image_embeddings: (N, D).
         text_embeddings: (M, D).
-        image_index: (M,) int64, the row of each caption's photo.
-        max_elements: similarities held at a time; bounds the memory, changes no result.
+        image_index: (M,) int64, the row of each caption's image.
+        max_elements: similarities in memory at a time; does not change the result.
 
     Returns:
-        image_to_text (N',) for the N' photos that have captions, text_to_image (M,); int64, from 1.
+        image_to_text (N',) for the N' images that have captions, text_to_image (M,); int64, from 1.
     """
     images, texts = image_embeddings.float(), text_embeddings.float()
     step = max(1, max_elements // max(1, len(images)))
@@ -82,7 +79,10 @@ def retrieval_ranks(
 def summarize_ranks(
     image_to_text: torch.Tensor, text_to_image: torch.Tensor
 ) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, median and mean rank both ways, and rsum, the six recalls' sum."""
+    """Return R@1, R@5, R@10 in percent, median and mean rank of both directions, and rsum.
+
+    rsum is the sum of the six recalls.
+    """
     metrics: dict[str, float] = {}
     for direction, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
         ranks = ranks.double()
@@ -97,7 +97,7 @@ def summarize_ranks(
 def retrieval_metrics(
     image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_index: torch.Tensor
 ) -> dict[str, float]:
-    """Score embeddings: (N, D), (M, D), (M,) -> the metrics of `summarize_ranks`."""
+    """Return the metrics of `summarize_ranks` for (N, D), (M, D) embeddings and (M,) indices."""
     return summarize_ranks(*retrieval_ranks(image_embeddings, text_embeddings, image_index))
 
 

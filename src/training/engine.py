@@ -1,5 +1,4 @@
-"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` is what a step computes.
-"""
+"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` computes a step."""
 
 from __future__ import annotations
 
@@ -89,15 +88,17 @@ def train_one_epoch(
         UserError: the loss is not finite.
     """
     device = model.logit_scale.device
-    model.train()
+    model.train()  # validation has left it in eval mode
     if freeze_batchnorm:
         model.image_encoder.freeze_batchnorm()
     batches = sample_batches(dataset, batch_size, captions_per_image, seed, epoch)
+    # Every loss is kept, so that the step that broke a run can be named.
     losses = torch.zeros(len(batches), device=device)
     if progress is None:
         progress = Progress(losses, lr=scheduler.get_last_lr()[0])
     losses[: progress.step] = progress.losses[: progress.step]
     progress.losses = losses
+    # The batches are a function of seed and epoch: a resumed epoch skips those it has done.
     loader = Prefetcher(dataset, batches[progress.step :], device)
     start, checked = time.perf_counter() - progress.seconds, 0.0
     waited_before = progress.wait_seconds
@@ -111,7 +112,7 @@ def train_one_epoch(
             scaler.step(optimizer)  # skips the step if a float16 gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+            scheduler.step()  # per step, not per epoch
             model.clamp_logit_scale()
 
             progress.losses[progress.step] = loss  # stays on the device: no wait
@@ -171,12 +172,13 @@ def forward_backward(
         with autocast(images.device, dtype):
             return model(images, batch.tokens[token_slice])
 
+    # With several chunks the first pass keeps no activations: only the embeddings are needed.
     one_pass = len(chunks) == 1
     with torch.set_grad_enabled(one_pass):
         embeddings = [embed(number) for number in range(len(chunks))]
     images, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
     if not one_pass:
-        images.requires_grad_()
+        images.requires_grad_()  # leaves: backward stops here and leaves .grad on them
         texts.requires_grad_()
 
     # Every rank computes the same loss of the whole batch: all images are negatives.

@@ -29,10 +29,10 @@ from src.utils.plots import plot_curves
 from src.utils.runtime import StopRequest
 from src.utils.tensors import load_tensors
 
-# Flags that a resumed run may change without notice: paths, and what the machine can bear.
-PLACES = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device", "save_every",
-          "resume", "strict")
-# Flags that it may change with a note: its length, and what may save a diverging run.
+# Flags that a resumed run may change without a note: they do not change what is computed.
+UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
+              "save_every", "resume", "strict")
+# Flags that it may change with a note: the run's length, and what can stop it diverging.
 CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
@@ -113,10 +113,9 @@ class RunState:
         get_ema_multi_avg_fn(decay)(averages, weights, n_averaged)
 
     def finish_epoch(self, metrics: dict[str, float], validation_seconds: float) -> bool:
-        """Add the epoch to the log and write what it leaves behind.
+        """Add the epoch to the log, and write log.jsonl, curves.png and the last checkpoint.
 
-        That is the best checkpoint if its rsum is the highest so far, log.jsonl, curves.png, and
-        the last checkpoint.
+        The epoch with the highest rsum so far is also written as the best checkpoint.
 
         Returns:
             Whether the epoch is the best so far.
@@ -262,7 +261,7 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
     # A flag that an earlier version did not have is not a change.
     changed = {name: f"--{name.replace('_', '-')} was {earlier.get(name)}, is {value}"
                for name, value in flags.items()
-               if name not in PLACES and value != earlier.get(name, value)}
+               if name not in UNCOMPARED and value != earlier.get(name, value)}
     refused = [text for name, text in changed.items() if name not in CHANGEABLE]
     if refused:
         raise UserError(f"--resume continues a run with other flags: {'; '.join(refused)}. Leave "

@@ -1,4 +1,4 @@
-"""Retrieval metrics against a slow loop that nobody can misread."""
+"""Retrieval metrics, compared with a slow and obvious loop."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from src.evaluation.metrics import retrieval_metrics, retrieval_ranks, summarize
 
 
 def similarity_table(images: torch.Tensor, texts: torch.Tensor) -> list[list[float]]:
-    """Dot products (captions, images) as Python numbers."""
+    """Return dot products (captions, images) as Python numbers."""
     return (texts.double() @ images.double().T).tolist()
 
 
 def oracle_ranks(table: list[list[float]], owner: list[int]) -> tuple[list[int], list[int]]:
-    """Both directions' ranks by counting who is not surely worse."""
+    """Return the ranks of both directions by counting what is not strictly less similar."""
     text_to_image = [
         sum(not table[m][n] < table[m][owner[m]] for n in range(len(table[m])))
         for m in range(len(owner))
@@ -36,7 +36,7 @@ def oracle_ranks(table: list[list[float]], owner: list[int]) -> tuple[list[int],
 
 
 def oracle_metrics(image_to_text: list[int], text_to_image: list[int]) -> dict[str, float]:
-    """Percentages, medians and means of lists of ranks."""
+    """Return percentages, medians and means of lists of ranks."""
     metrics = {}
     for direction, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
         for k in (1, 5, 10):
@@ -50,8 +50,8 @@ def oracle_metrics(image_to_text: list[int], text_to_image: list[int]) -> dict[s
 
 @st.composite
 def tied_embeddings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Few small whole numbers, so that similarities are exact and often tie; captions uneven,
-    shuffled, and for some photos none."""
+    """Draw embeddings of small integers, whose similarities are exact and often tie; images have
+    different numbers of captions, in any order, and some have none."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     n_images, n_texts = draw(st.integers(1, 14)), draw(st.integers(1, 40))
     width, largest = draw(st.integers(1, 4)), draw(st.integers(0, 3))
@@ -65,7 +65,7 @@ def tied_embeddings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[i
 
 @given(tied_embeddings())
 def test_equals_brute_force_to_the_last_digit(example):
-    """Recall, median, mean and rsum are those of a loop over lists, ties and all."""
+    """Recall, median, mean and rsum are those of a loop over lists, also with ties."""
     images, texts, owner = example
     ranks = oracle_ranks(similarity_table(images, texts), owner)
     metrics = retrieval_metrics(images, texts, torch.tensor(owner))
@@ -74,7 +74,7 @@ def test_equals_brute_force_to_the_last_digit(example):
 
 @given(tied_embeddings(), st.integers(0, 2**32))
 def test_order_of_captions_does_not_matter(example, seed):
-    """Shuffled captions have the same ranks, each at its new place."""
+    """Shuffled captions have the same ranks, in the new order."""
     images, texts, owner = example
     order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed))
     image_index = torch.tensor(owner)
@@ -90,14 +90,14 @@ def test_block_size_changes_no_rank(max_elements):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(-2, 3, (13, 3), generator=generator).float()
     texts = torch.randint(-2, 3, (40, 3), generator=generator).float()
-    owner = torch.randint(0, 11, (40,), generator=generator)  # the last two photos have none
+    owner = torch.randint(0, 11, (40,), generator=generator)  # the last two images have none
     expected = oracle_ranks(similarity_table(images, texts), owner.tolist())
     ranks = retrieval_ranks(images, texts, owner, max_elements)
     assert [part.tolist() for part in ranks] == list(expected)
 
 
 def test_ranks_of_real_numbers():
-    """On random unit vectors, which do not tie, the ranks are the oracle's too."""
+    """On random unit vectors, which do not tie, the ranks equal the oracle's."""
     generator = torch.Generator().manual_seed(1)
     images = torch.nn.functional.normalize(torch.randn(30, 16, generator=generator))
     texts = torch.nn.functional.normalize(torch.randn(150, 16, generator=generator))
@@ -107,7 +107,7 @@ def test_ranks_of_real_numbers():
 
 
 def test_all_equal_similarities_rank_worst():
-    """A model that tells nothing apart stands last, not first: 1 of N, and after all others."""
+    """A model that gives the same embedding to everything has the worst ranks, not the best."""
     image_to_text, text_to_image = retrieval_ranks(
         torch.ones(4, 3), torch.ones(12, 3), torch.arange(12) // 3
     )
@@ -117,7 +117,7 @@ def test_all_equal_similarities_rank_worst():
 
 @pytest.mark.parametrize("where", ["images", "texts", "both"])
 def test_nan_is_never_found(where):
-    """A model that has left the numbers ranks worst everywhere; recall is 0 where that can be."""
+    """A model whose embeddings are NaN has the worst ranks; its recall is 0."""
     images, texts = torch.eye(12), torch.eye(12).repeat_interleave(2, 0)
     if where != "texts":
         images = images * torch.nan
@@ -131,7 +131,7 @@ def test_nan_is_never_found(where):
 
 
 def test_one_nan_caption_hurts_only():
-    """A caption of NaN is found by nobody and stands before every photo's own."""
+    """A caption with NaN is never found, and ranks before every image's own caption."""
     images, texts = torch.eye(3), torch.eye(3)
     texts[1] = torch.nan
     image_to_text, text_to_image = retrieval_ranks(images, texts, torch.arange(3))
@@ -140,7 +140,7 @@ def test_one_nan_caption_hurts_only():
 
 
 def test_perfect_embeddings():
-    """Where every photo and caption meets only its own, all recalls are 100 and all ranks 1."""
+    """If every image is similar only to its own captions, all recalls are 100 and all ranks 1."""
     metrics = retrieval_metrics(
         torch.eye(20), torch.eye(20).repeat_interleave(5, 0), torch.arange(100) // 5
     )
@@ -150,14 +150,14 @@ def test_perfect_embeddings():
 
 
 def test_float16_embeddings_are_scored_in_float32():
-    """Half-precision input is widened before the products: near neighbours still differ."""
+    """Half-precision embeddings are converted before the products: near neighbors still differ."""
     images = torch.tensor([[1.0, 2**-10], [1.0, 0.0]], dtype=torch.float16)
     texts = torch.tensor([[1.0, 2**-10]], dtype=torch.float16)  # 1 + 2^-20 against 1
     assert retrieval_ranks(images, texts, torch.tensor([0]))[1].tolist() == [1]
 
 
 def test_median_between_two_ranks():
-    """An even number of ranks has its median half way."""
+    """The median of an even number of ranks is the mean of the middle two."""
     metrics = summarize_ranks(torch.tensor([1, 2, 5, 90]), torch.tensor([3]))
     assert metrics["image_to_text_median_rank"] == 3.5
     assert metrics["image_to_text_mean_rank"] == 24.5

@@ -172,7 +172,7 @@ def other_files() -> dict[str, bytes]:
     """Return the contents of files that are not caption files, by name."""
     return {
         "empty.csv": b"", "blank.csv": b" \n\r\n\t", "mark.csv": b"\xef\xbb\xbf",
-        "photo.csv": encoded(plain(0), "JPEG"), "picture.csv": encoded(plain(0), "PNG"),
+        "photo.csv": encoded(plain(0), "JPEG"), "image.csv": encoded(plain(0), "PNG"),
         "table.xlsx": packed({"xl/workbook.xml": "<workbook/>"}), "page.pdf": b"%PDF-1.7\n\xff\xfe",
         "other.csv": b"id;price\n1;2\n", "numbers.csv": b"a,b,c\n1,2,3\n", "prose.txt": b"A dog .",
         "wide.csv": "image_name| comment_number| comment\na.jpg| 0| x\n".encode("utf-16"),
