@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import naive
-from benchmarks.photos import write_data_set
+from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
@@ -31,8 +31,8 @@ def models() -> tuple[DualEncoder, naive.NaiveModel]:
     return ours.train(), theirs.train()
 
 
-def test_naive_model_is_ours(models: tuple) -> None:
-    """The same embeddings, loss and gradients from the same weights and batch."""
+def test_naive_model_equals_the_dual_encoder(models: tuple) -> None:
+    """The same weights and batch give the same loss and gradients."""
     ours, theirs = models
     images = torch.randn(6, 3, SIZE, SIZE)
     tokens = torch.randint(2, 50, (6, 8))
@@ -49,9 +49,9 @@ def test_naive_model_is_ours(models: tuple) -> None:
         assert error < 1e-2, name
 
 
-def test_naive_photos_are_ours(tmp_path: Path) -> None:
-    """Decoding, resizing and normalising by hand gives what comes from the store."""
-    source = write_data_set(tmp_path, 4)
+def test_naive_input_equals_the_pixel_store(tmp_path: Path) -> None:
+    """torchvision's transforms of an image file give the pixels of the store, normalized."""
+    source = write_dataset(tmp_path, 4)
     records = source.splits["train"]
     names = [record.name for record in records]
     pairs = [(source.images / record.name, record.captions[0]) for record in records]
@@ -63,9 +63,9 @@ def test_naive_photos_are_ours(tmp_path: Path) -> None:
     assert torch.equal(tokens, tokenizer.encode([caption for _, caption in pairs]))
 
 
-def test_naive_training_learns(models: tuple, tmp_path: Path) -> None:
-    """A step of the naive script is AdamW's: an epoch of one batch twice lowers its loss."""
-    source = write_data_set(tmp_path, 7)
+def test_naive_training_lowers_the_loss(tmp_path: Path) -> None:
+    """Of two steps on the same batch the second has the lower loss."""
+    source = write_dataset(tmp_path, 7)
     pairs = [(source.images / r.name, r.captions[0]) for r in source.splits["train"]]
     tokenizer = Tokenizer.from_captions([caption for _, caption in pairs], 1, 8)
     model = naive.NaiveModel(len(tokenizer), SIZE, dropout=0.0, drop_connect=0.0)
@@ -75,16 +75,16 @@ def test_naive_training_learns(models: tuple, tmp_path: Path) -> None:
     assert second < first
 
 
-def test_peak_memory_sees_what_was_freed() -> None:
-    """A block that comes and goes within the stage counts, at about its size."""
+def test_peak_memory_counts_freed_memory() -> None:
+    """A block that is allocated and freed while the memory is measured counts with its size."""
     with PeakMemory() as peak:
         before = peak.bytes
-        # Pages of its own: the C library may have kept some that earlier tests freed.
+        # New pages: the C library may have kept memory that earlier tests freed.
         block = np.frombuffer(mmap.mmap(
             -1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         block[:] = 1
         tries = 0
-        while peak.bytes - before < 150_000_000 and tries < 10_000:  # the watcher's turn will come
+        while peak.bytes - before < 150_000_000 and tries < 10_000:  # until the watching thread runs
             block[:1_000_000] += 1
             tries += 1
         del block

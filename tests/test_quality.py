@@ -182,7 +182,7 @@ def test_fine_tuning_with_the_same_number_of_image_passes(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows pass as many images through the image encoder; a second call trains nothing."""
-    images, annotations = make_tiny_data(tmp_path / "data", n_photos=40)
+    images, annotations = make_tiny_data(tmp_path / "data", n_images=40)
     passes = []
     original = train.train_one_epoch
 
