@@ -84,7 +84,7 @@ def test_peak_memory_counts_freed_memory() -> None:
             -1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         block[:] = 1
         tries = 0
-        while peak.bytes - before < 150_000_000 and tries < 10_000:  # until the watching thread runs
+        while peak.bytes - before < 150_000_000 and tries < 10_000:  # until the thread reads it
             block[:1_000_000] += 1
             tries += 1
         del block
