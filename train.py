@@ -114,7 +114,7 @@ def train(
                 split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
                 for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(train_set, device), val_set]
+            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(

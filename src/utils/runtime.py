@@ -82,6 +82,13 @@ def tune_malloc() -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD: ... and let it grow by 64 MB
 
 
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to `device`; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from pageable memory would block the host
+    return tensor.to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return a context of mixed precision in `dtype`, which does nothing for float32."""
     enabled = dtype != torch.float32
