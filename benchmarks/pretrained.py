@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 - **Use**: `python search.py "two dogs playing in the snow" --images ~/Pictures --pretrained`
 - **Training data**: {args.data}
 - **Start weights**: {start_weights(config.image_encoder, flags["weights"])}
-- **Training**: `python train.py {" ".join(changed_flags(flags))}`, epoch {content["epoch"]} of {flags["epochs"]}
+- **Training**: `python train.py {" ".join(changed_flags(flags))}`,
+  epoch {content["epoch"]} of {flags["epochs"]}
 - **Limits**: {args.limits}
 
 Metrics of this file on {metrics["images"]:,} validation images with {metrics["captions"]:,}
