@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import naive
+import search
+import train
+from benchmarks import naive, pretrained
 from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
+from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
@@ -73,6 +76,29 @@ def test_naive_training_lowers_the_loss(tmp_path: Path) -> None:
     first, second = naive.train(model, loader, naive.naive_loss, lr=1e-3,
                                 device=torch.device("cpu"), mixed_precision=False)
     assert second < first
+
+
+def test_pretrained_model_and_card(
+    tmp_path: Path, tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command writes a checkpoint that search.py takes, and a card with its metrics."""
+    images, annotations = tiny_data
+    train.main(["--images", str(images), "--annotations", str(annotations), "--image-size", "32",
+                "--weights", "none", "--epochs", "1", "--batch-size", "4", "--no-flip",
+                "--results-dir", str(tmp_path / "run"), "--val-fraction", "0.4"])
+    output = tmp_path / "new" / "dual_encoder.pth"
+    best = tmp_path / "run" / "models" / "flickr30k_clip_best.pth"
+    assert pretrained.main([str(best), "--output", str(output), "--data", "noise",
+                            "--limits", "everything"]) == 0
+    card = output.with_name("README.md").read_text()
+    assert "`python train.py --recipe baseline --image-encoder efficientnet-b0 " in card
+    assert "--no-flip" in card and "--image-size 32" in card and str(tmp_path) not in card
+    metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
+    assert f"| {metrics['rsum']:.1f} |" in card
+    capsys.readouterr()
+    assert search.main(["--checkpoint", str(output), "--images", str(images), "red thing",
+                        "--results-dir", str(tmp_path / "search")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
 
 
 def test_peak_memory_counts_freed_memory() -> None:
