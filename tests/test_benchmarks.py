@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import naive, train
+import search
+import train
+from benchmarks import naive, pretrained
+from benchmarks import train as train_benchmark
 from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
 from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
+from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
@@ -93,9 +97,32 @@ def test_our_epoch_takes_the_images_in_order(
         embeddings = model.train()(eval_transform(dataset.pixels(np.arange(4)), SIZE),
                                    dataset.tokens[:20:5])
         expected = contrastive_loss(*embeddings, torch.arange(4), model.logit_scale).item()
-    report = train.ours(model, dataset, 2, 4)
+    report = train_benchmark.ours(model, dataset, 2, 4)
     assert len(report["losses"]) == 2 and report["losses"][0] == pytest.approx(expected, rel=1e-4)
     assert 0 <= report["wait_share"] <= 1
+
+
+def test_pretrained_model_and_card(
+    tmp_path: Path, tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command writes a checkpoint that search.py takes, and a card with its metrics."""
+    images, annotations = tiny_data
+    train.main(["--images", str(images), "--annotations", str(annotations), "--image-size", "32",
+                "--weights", "none", "--epochs", "1", "--batch-size", "4", "--no-flip",
+                "--results-dir", str(tmp_path / "run"), "--val-fraction", "0.4"])
+    output = tmp_path / "new" / "dual_encoder.pth"
+    best = tmp_path / "run" / "models" / "flickr30k_clip_best.pth"
+    assert pretrained.main([str(best), "--output", str(output), "--data", "noise",
+                            "--limits", "everything"]) == 0
+    card = output.with_name("README.md").read_text()
+    assert "`python train.py --recipe baseline --image-encoder efficientnet-b0 " in card
+    assert "--no-flip" in card and "--image-size 32" in card and str(tmp_path) not in card
+    metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
+    assert f"| {metrics['rsum']:.1f} |" in card
+    capsys.readouterr()
+    assert search.main(["--checkpoint", str(output), "--images", str(images), "red thing",
+                        "--results-dir", str(tmp_path / "search")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
 
 
 def test_peak_memory_counts_freed_memory() -> None:

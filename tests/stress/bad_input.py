@@ -49,6 +49,37 @@ def plain(seed: int, height: int = 40, width: int = 40) -> Image.Image:
     return Image.fromarray(noise(seed, height, width))
 
 
+def make_profile(
+    primaries: tuple[tuple[float, float, float], ...], gamma: float = 2.2, space: bytes = b"RGB "
+) -> bytes:
+    """Return an ICC profile with three XYZ (D50) primaries, or of gray, and one gamma."""
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    tags = {b"wtpt": (0.9642, 1.0, 0.8249)}
+    tags |= dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=False))
+    parts = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in xyz))
+             for name, xyz in tags.items()}
+    parts |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC") if primaries else (b"kTRC",), curve)
+    text = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)
+    parts[b"desc"] = text + bytes(-len(text) % 4)
+    parts[b"cprt"] = b"text" + bytes(4) + b"none" + bytes(4)
+    table, body, start = struct.pack(">I", len(parts)), b"", 128 + 4 + 12 * len(parts)
+    for name, part in parts.items():
+        table += name + struct.pack(">II", start + len(body), len(part))
+        body += part
+    header = (struct.pack(">I", start + len(body)) + b"lcms" + struct.pack(">I", 0x02400000)
+              + b"mntr" + space + b"XYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp"
+              + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48))
+    return header + table + body
+
+
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+
+
+def swapped_profile() -> bytes:
+    """Return a profile in which red and green of sRGB are exchanged."""
+    return make_profile((GREEN, RED, BLUE))
+
+
 def flat_jpeg(side: int) -> bytes:
     """Return a valid gray JPEG of side x side pixels, side divisible by 16, without decoding it."""
     buffer = io.BytesIO()
@@ -61,15 +92,16 @@ def flat_jpeg(side: int) -> bytes:
             + b"\x28\xa2\x8a" * (side // 16) ** 2 + b"\xff\xd9")
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def huge_png(side: int = 30_000) -> bytes:
     """Return a PNG file of a few bytes whose header claims side x side pixels."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack(">I", len(data)) + kind + data
-                + struct.pack(">I", zlib.crc32(kind + data)))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+            + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
 
 
 def huge_jpeg(side: int = 30_000) -> bytes:
