@@ -168,8 +168,9 @@ def load_data(
     Raises:
         UserError: a split has fewer than two images, or see `scan_dataset`, `prepare_datasets`.
     """
-    source = scan_dataset(
-        data.images, data.annotations, args.val_fraction, args.seed, args.max_images)
+    source = scan_dataset(**cli.scan_arguments(args))
+    if args.val_fraction != 0 and (reason := source.explain_no_validation()):
+        raise UserError(reason)
     splits = [source.splits["train"], source.splits["val"]]
     # Only from training captions: a vocabulary of all captions would leak the validation words.
     captions = [caption for record in splits[0] for caption in record.captions]
@@ -179,7 +180,7 @@ def load_data(
         rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if len(dataset.records) < 2:
+        if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
                             "2: add images, or split them otherwise with --val-fraction")
     train_set, val_set = datasets
