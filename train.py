@@ -112,7 +112,7 @@ def train(
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
             features = [
                 split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                for split in (train_set, val_set)]
+                if len(split) else split for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(train_set, device), val_set]
         print(EPOCH_HEADER)
@@ -127,7 +127,7 @@ def train(
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             start = time.perf_counter()
-            metrics = evaluate_retrieval(run.eval_model, val_input)
+            metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
             print(format_epoch(run.log[-1], is_best, args.epochs))
     return 0, val_set
@@ -229,8 +229,11 @@ def report_stop(
 def report_best(
     results: ResultPaths, val_set: Flickr30kDataset, device: torch.device
 ) -> None:
-    """Print the best epoch, and draw some of its answers."""
+    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
     model, _, best = load_checkpoint(results.best)
+    if not len(val_set):
+        print(f"last epoch {best['epoch']}, without validation: {results.best}")
+        return
     plot_examples(results.folder / "examples.png", model.to(device), val_set)
     print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
     print("captions with their top five images, the correct one framed: "
