@@ -4,6 +4,7 @@
     python evaluate.py --split test --checkpoint my_checkpoint.pth
     python evaluate.py --mistakes mistakes.png    # draw the worst mistakes
     python evaluate.py --demo
+    python evaluate.py --pretrained                     # the model that comes with the repository
     torchrun --nproc-per-node 2 evaluate.py
 
 Recall@K, median rank and mean rank, over the unique images of a split and all
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from src.cli import (
     Parser,
+    add_checkpoint_arguments,
     add_data_arguments,
     add_results_arguments,
     add_split_arguments,
@@ -51,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     add_results_arguments(parser)
     add_data_arguments(parser)
     add_split_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="checkpoint to evaluate "
-                        "(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "all"), default="val",
                         help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE",

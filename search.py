@@ -1,6 +1,7 @@
 """Find the photos that fit a text best, or that look like a photo.
 
     python search.py "two dogs running on the beach"
+    python search.py "a red car" --images ~/Pictures --pretrained     # without any training
     python search.py "a red car" --images ~/Pictures --top 20 --explain
     python search.py --image photo.jpg                 # similar photos, and captions that fit it
     python search.py --queries queries.txt --json      # one query per line; - for standard input
@@ -115,8 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
                         help="holds images/ and annotations/annotations.csv")
-    photos.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    cli.add_checkpoint_arguments(photos)
     photos.add_argument("--index-dir", type=Path, metavar="DIR",
                         help="where the index is stored (default: a folder in RESULTS_DIR/index)")
     photos.add_argument("--device", default="auto", help="(default: %(default)s)")

@@ -35,7 +35,7 @@ from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.training.engine import train_one_epoch
+from src.training.engine import check_batch_size, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.init_distributed()
     try:
         device = runtime.pick_device(args.device)
-        if args.deterministic:
-            runtime.enable_determinism()
+        runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0
         if is_main:
             cli.prepare_results(results.folder)
@@ -80,14 +79,15 @@ def train(
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- data ----------------------------------------------------------------------------------
     train_set, val_set, tokenizer = load_data(args, data, results)
-    distributed.check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, device)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
+    check_batch_size(
+        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
+        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
 
     # --- model ---------------------------------------------------------------------------------
     model = resumed.model if resumed else build_model(args, tokenizer)
-    model = distributed.convert_sync_batchnorm(model.to(device))
+    model.to(device)
     if args.compile:
         model.image_encoder.compile_training()
     print(f"model: {model.summary()}, on {device}")
@@ -114,7 +114,7 @@ def train(
                 split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
                 if len(split) else split for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(train_set, device), val_set]
+            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
         print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels

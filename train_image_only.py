@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.cli import Parser, add_results_arguments, resolve_results
+from src.cli import (
+    Parser,
+    add_checkpoint_arguments,
+    add_results_arguments,
+    resolve_results,
+)
 from src.data.pixel_store import store_size
 from src.models.checkpoint import export_image_encoder, load_checkpoint
 from src.utils.errors import run_script
@@ -22,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Load a checkpoint and write its image encoder. Returns the exit status."""
     parser = Parser(description=__doc__)
     add_results_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="checkpoint to export "
-                        "(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="file to write "
                         "(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")

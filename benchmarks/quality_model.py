@@ -18,11 +18,11 @@ MARGIN = 0.2  # of the hinge loss in VSE++ (Faghri et al., 2018)
 
 
 class WeightedTextEncoder(TextEncoder):
-    """The bag of words with a weight per word, learned or fixed."""
+    """The bag of words with a fixed weight per word."""
 
-    def __init__(self, config: ModelConfig, weights: torch.Tensor, learned: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: torch.Tensor) -> None:
         super().__init__(config.vocab_size, config.token_dim, config.word_dropout)
-        self.weights = torch.nn.Parameter(weights, requires_grad=learned)  # (V,)
+        self.register_buffer("weights", weights)  # (V,)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map (B, L) token ids to (B, E) features, the weighted sum divided by the word count."""
@@ -41,15 +41,11 @@ def build_model(row: Row, train_set: Flickr30kDataset, vocab_size: int, seed: in
         vocab_size, image_size=32, token_dim=row.token_dim, embed_dim=row.embed_dim,
         dropout=row.dropout, word_dropout=row.word_dropout))
     model.image_encoder.requires_grad_(False)
-    if row.word_weights:
+    if row.idf:
         counts = torch.bincount(train_set.tokens.flatten(), minlength=vocab_size).clamp(min=1)
         idf = (len(train_set) / counts).log().clamp(min=0.02)
-        learned = row.word_weights == "learned"
-        model.text_encoder = WeightedTextEncoder(
-            model.config, torch.ones(vocab_size) if learned else idf / idf.mean(), learned)
+        model.text_encoder = WeightedTextEncoder(model.config, idf / idf.mean())
     change_heads(model, row)
-    if row.text_dropout is not None:
-        model.text_projection.dropout.p = row.text_dropout
     return model
 
 
@@ -97,10 +93,7 @@ def row_loss(row: Row, model: DualEncoder, images: torch.Tensor, texts: torch.Te
 
 
 def row_optimizer(row: Row, model: DualEncoder) -> torch.optim.AdamW:
-    """Return train.py's optimizer in one kernel per step, with the learning rates of `row`."""
-    rates = {id(model.text_encoder.embedding.weight): row.token_lr,
-             id(model.image_projection.linear.weight): row.image_head_lr}
-    groups = [group | {"params": [p], "lr": rates.get(id(p)) or row.lr, "fused": True}
-              for group in build_optimizer(model, row.lr, row.weight_decay).param_groups
-              for p in group["params"] if p.requires_grad]
-    return torch.optim.AdamW(groups)
+    """Return train.py's optimizer for the heads and words, in one kernel per step."""
+    groups = [group | {"params": [p for p in group["params"] if p.requires_grad]}
+              for group in build_optimizer(model, row.lr, row.weight_decay).param_groups]
+    return torch.optim.AdamW([group | {"fused": True} for group in groups if group["params"]])

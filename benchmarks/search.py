@@ -99,9 +99,9 @@ def cold_and_build(folder: Path) -> None:
     own, numpy_alone, torch_alone = interleaved([
         lambda: run(command), lambda: run([sys.executable, "-c", "import numpy"]),
         lambda: run([sys.executable, "-c", "import torch"])], 9)
-    print(f"python search.py, start to answer, index up to date: {spread(own, 1, 's')}; for comparison "
+    print(f"python search.py, start to answer, index up to date: {spread(own, 1, 's')}; "
           f"'import numpy' {spread(numpy_alone, 1, 's')}, which it needs, and 'import torch' "
-          f"{spread(torch_alone, 1, 's')}, which it does without")
+          f"{spread(torch_alone, 1, 's')}, which it does not need")
 
 
 def growth(folder: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import naive
-from benchmarks.photos import write_data_set
+from benchmarks.photos import write_dataset
 from benchmarks.timing import installed, machine, one_process_each, ratio, spread
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         tune_malloc()  # as train.py does
     device = pick_device(args.device)
     count = args.steps * args.batch_size
-    source = write_data_set(folder, count + 1, args.photos)  # one validates
+    source = write_dataset(folder, count + 1, args.photos)  # one validates
     records = source.splits["train"]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     seed_all(0, "weights")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src.training.recipes import IMAGE_SIZES, RECIPES
 from src.utils.errors import UserError
-from src.utils.paths import DataPaths, ResultPaths
+from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # Flags and recipes of earlier versions -> their names today.
 RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta", "seed": "baseline"}
@@ -44,6 +44,15 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
                        help="use the synthetic dataset: data/demo and results/demo")
     group.add_argument("--results-dir", type=Path, metavar="DIR",
                        help="folder of all results (default: results)")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint and --pretrained, of which one may be given; both set `checkpoint`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--checkpoint", type=Path, metavar="FILE",
+                       help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    group.add_argument("--pretrained", action="store_const", const=PRETRAINED, dest="checkpoint",
+                       help="use the model that comes with the repository")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +106,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("model")
     group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                       metavar="NAME", help="efficientnet-b0 to -b7 (default: %(default)s)")
+                       metavar="NAME",
+                       help=f"{', '.join(IMAGE_ENCODERS)} (default: %(default)s)")
     group.add_argument("--weights", metavar="imagenet|none|PATH",
                        help="initial weights of the image encoder (default: %(default)s)")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",

@@ -142,7 +142,7 @@ def test_losses_are_infonce_without_their_term() -> None:
 def test_weights_of_one_are_the_mean() -> None:
     """With all weights 1 the weighted bag of words equals TextEncoder."""
     config = ModelConfig(20, token_dim=6)
-    weighted = WeightedTextEncoder(config, torch.ones(20), learned=True)
+    weighted = WeightedTextEncoder(config, torch.ones(20))
     plain = TextEncoder(20, 6)
     plain.load_state_dict({"embedding.weight": weighted.embedding.weight})
     tokens = torch.randint(2, 20, (5, 7))
@@ -182,7 +182,7 @@ def test_fine_tuning_with_the_same_number_of_image_passes(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows pass as many images through the image encoder; a second call trains nothing."""
-    images, annotations = make_tiny_data(tmp_path / "data", n_photos=40)
+    images, annotations = make_tiny_data(tmp_path / "data", n_images=40)
     passes = []
     original = train.train_one_epoch
 

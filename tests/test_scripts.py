@@ -29,6 +29,7 @@ from src.training.run_state import RunState
 from src.utils.errors import UserError, run_script
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
+from tests.compare import differences
 from tests.tiny_data import make_tiny_data
 
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"
@@ -119,19 +120,6 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def differing(a: object, b: object, where: str = "") -> list[str]:
-    """Return the paths at which two nested structures of tensors and plain values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        missing = [f"{where}/{key}" for key in a.keys() ^ b.keys()]
-        return missing + [path for key in a.keys() & b.keys()
-                          for path in differing(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [path for i, pair in enumerate(zip(a, b, strict=True))
-                for path in differing(*pair, f"{where}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [where]
-
-
 # train.py
 
 
@@ -163,7 +151,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         one, other = load(a / name), load(b / name)
         assert one.keys() == other.keys()
         for part in one.keys() - {"args", "log", "progress"}:
-            assert differing(one[part], other[part], part) == []
+            assert differences(one[part], other[part], part) == []
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +165,7 @@ def test_resumed_equals_uninterrupted(run, trained, straight):
     run.copy("one", "resumed")
     resumed = run.resume("resumed", "--epochs", "2")
     assert_same_run(resumed, straight)
-    assert differing(load(resumed / LAST)["model_state"],
+    assert differences(load(resumed / LAST)["model_state"],
                      load(trained / LAST)["model_state"]) != []  # it trained
 
 
@@ -398,7 +386,7 @@ def test_a_run_of_a_version_with_fewer_flags_resumes(run, trained, straight):
     with pytest.raises(UserError, match="--ema-decay was 0.0, is 0.9"):
         run.resume("fewer flags", "--epochs", "2", "--ema-decay", "0.9")
     last = load(run.resume("fewer flags", "--epochs", "2") / LAST)
-    assert differing(last["model_state"], load(straight / LAST)["model_state"]) == []
+    assert differences(last["model_state"], load(straight / LAST)["model_state"]) == []
 
 
 def use_old_names(path: Path) -> None:
@@ -425,7 +413,7 @@ def test_a_run_with_old_names_resumes(run, straight, monkeypatch, after):
     for name in (BEST, LAST):
         one, other = load(resumed / name), load(straight / name)
         for part in ("model_state", "optimizer_state", "config"):
-            assert differing(one.get(part), other.get(part), part) == []
+            assert differences(one.get(part), other.get(part), part) == []
     for one, other in zip(read_log(resumed), read_log(straight), strict=True):
         assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-6)
         assert one == other
@@ -609,12 +597,12 @@ def test_the_best_checkpoint_has_the_moving_average(run, monkeypatch):
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
     best, last = load(results / BEST), load(results / LAST)["model_state"]
     kept = best["model_state"]
-    assert differing(kept, evaluated[best["epoch"] - 1]) == []
+    assert differences(kept, evaluated[best["epoch"] - 1]) == []
     for name, value in evaluated[-1].items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert differing(last, states[-1]) == []
-    assert differing(last, evaluated[-1]) != [] and differing(last, kept) != []
+    assert differences(last, states[-1]) == []
+    assert differences(last, evaluated[-1]) != [] and differences(last, kept) != []
     assert load_checkpoint(results / BEST)[0].image_encoder.flip_tta
     for after in (2, len(states) - 1):
         with monkeypatch.context() as patch, pytest.raises(PowerCut):
@@ -850,7 +838,7 @@ def test_export_of_the_best_epoch(trained, capsys):
     (trained / EXPORT).unlink()  # other tests compare this folder
     assert "exported efficientnet-b0 of epoch 1" in capsys.readouterr().out
     model, _, _ = load_checkpoint(trained / BEST)
-    assert differing(exported["backbone_state"],
+    assert differences(exported["backbone_state"],
                      dict(model.image_encoder.backbone.state_dict())) == []
     assert torch.equal(exported["projection"], model.image_projection.linear.weight)
 

@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from src.data.images import ReadError, find_escaping_links, load_resized
+from src.data.images import (
+    DECODER,
+    ReadError,
+    find_escaping_links,
+    is_decoded_as_before,
+    load_resized,
+    reader_version,
+)
 from src.utils.errors import UserError
 from src.utils.files import exclusive_lock, open_no_link, sync_folder, write_atomic
 
@@ -40,7 +47,8 @@ class PixelStore:
     Files: `pixels_<size>.uint8` holds the rows one after another, and `pixels_<size>.jsonl` is a
     journal with a line for each decoded image: its row, and the size and time of its file. A line
     is written only after its pixels, so an interrupted build continues where it stopped, and an
-    image that changed is decoded again. A broken image is remembered, a read error is not.
+    image that changed is decoded again. A broken image is remembered until it or the version of the
+    reader changes, a read error is not.
     """
 
     def __init__(self, pixels: np.ndarray, rows: dict[str, int], failed: dict[str, str]) -> None:
@@ -50,7 +58,8 @@ class PixelStore:
 
     @classmethod
     def build(
-        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None = None
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None = None,
+        follow_links: bool = False,
     ) -> PixelStore:
         """Decode the images of `names` that are new or have changed, and open the store.
 
@@ -60,6 +69,7 @@ class PixelStore:
             names: paths relative to it.
             size: side of the stored squares in pixels.
             workers: decoding threads; None for one per core (Pillow releases the GIL).
+            follow_links: also read files outside `images` that a link points to.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
@@ -67,20 +77,22 @@ class PixelStore:
         try:
             with exclusive_lock(folder / f"pixels_{size}.lock",
                                 "another run is decoding the images; waiting"):
-                return cls._build_locked(folder, images, names, size, workers)
+                return cls._build_locked(folder, images, names, size, workers, follow_links)
         except OSError as error:
             raise UserError(f"cannot keep decoded pixels in {folder}: {error.strerror or error}; "
                             "choose another place with --cache-dir") from error
 
     @classmethod
     def _build_locked(
-        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None,
+        follow_links: bool,
     ) -> PixelStore:
         data, journal = folder / f"pixels_{size}.uint8", folder / f"pixels_{size}.jsonl"
         row_bytes = size * size * 3
         entries = _read_journal(journal, data, row_bytes)
-        outside = find_escaping_links(images, names)
+        outside = set() if follow_links else find_escaping_links(images, names)
         signatures = {name: _signature(images / name) for name in names if name not in outside}
+        _check_decoder(journal, images, signatures, entries)
         stale = [name for name, signature in signatures.items()
                  if name not in entries or entries[name]["signature"] != signature]
         if stale:
@@ -99,8 +111,8 @@ class PixelStore:
                     f"{error.strerror or error}. What is decoded is kept: free some space, or "
                     "choose another place with --cache-dir, and start again") from error
         for name in outside:
-            entries[name] = {"error": "a link to a file outside the image folder: "
-                                      "put the image itself there"}
+            entries[name] = {"error": "a link to a file outside the image folder: put "
+                                      "the image itself there, or use --follow-links"}
         n_rows = data.stat().st_size // row_bytes if data.exists() else 0
         pixels = (np.memmap(data, np.uint8, "r", shape=(n_rows, size, size, 3)) if n_rows
                   else np.zeros((0, size, size, 3), np.uint8))
@@ -135,6 +147,25 @@ def _read_journal(journal: Path, data: Path, row_bytes: int) -> dict[str, dict]:
     return entries
 
 
+def _check_decoder(
+    journal: Path, images: Path, signatures: dict[str, list[int]], entries: dict[str, dict]
+) -> None:
+    """Remove entries that the present decoder may change, and mark the others as its own."""
+    old = [name for name, entry in entries.items() if name in signatures
+           and entry["signature"] == signatures[name]
+           and entry.get("decoder") != (reader_version() if entry["error"] else DECODER)]
+    if not old:
+        return
+    print(f"an earlier version decoded {len(old):,} images: looking for color profiles and formats "
+          "that it did not know")
+    for name in old:
+        if not entries[name]["error"] and is_decoded_as_before(images / name):
+            entries[name]["decoder"] = DECODER
+        else:  # keeps the row
+            entries[name]["signature"] = None
+    write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
+
+
 def _check_disk(folder: Path, data: Path, needed: int, n_images: int, size: int) -> None:
     """Print the size of the store; raise UserError if the disk does not have the space."""
     extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
@@ -164,7 +195,8 @@ def _decode_into(
     def decode(name: str) -> bool:
         """Decode an image into `entries`; return False if another try may succeed."""
         entry = entries[name] = {
-            "name": name, "row": rows[name], "signature": signatures[name], "error": ""}
+            "name": name, "row": rows[name], "signature": signatures[name], "error": "",
+            "decoder": DECODER}
         pixels = np.zeros((size, size, 3), np.uint8)
         try:
             pixels = load_resized(images / name, size)
@@ -172,7 +204,7 @@ def _decode_into(
             entry["error"] = str(error)
             return False
         except ValueError as error:
-            entry["error"] = str(error)
+            entry |= {"error": str(error), "decoder": reader_version()}
         view, offset = memoryview(pixels).cast("B"), rows[name] * size * size * 3
         while view:
             written = os.pwrite(descriptor, view, offset)

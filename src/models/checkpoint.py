@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
     return Checkpoint(model.eval(), tokenizer, content)
+
+
+def save_compact(
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
+) -> None:
+    """Write a checkpoint in half precision with each word stored in the shared space.
+
+    The text projection is folded into the words and becomes the identity, which changes embeddings
+    only by the rounding to half precision. The file is a checkpoint like any other.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    dim = model.config.embed_dim
+    state = model.state_dict() | {
+        "text_encoder.embedding.weight": model.word_embeddings(),  # (V, D)
+        "text_projection.linear.weight": torch.eye(dim)}
+    save_tensors(path, {
+        "kind": DUAL_ENCODER,
+        # BatchNorm's statistics and logit_scale are small and stay in float32.
+        "model_state": {name: tensor.half() if tensor.ndim > 1 else tensor
+                        for name, tensor in state.items()},
+        "vocab": tokenizer.vocab,
+        "config": asdict(replace(model.config, token_dim=dim)),
+        **extra,
+    })
 
 
 def export_image_encoder(path: Path, model: DualEncoder, *, resize: int) -> None:

@@ -160,7 +160,7 @@ class ImageEncoder(nn.Module):
         Scales and shifts of BatchNorm are still trained.
         """
         for module in self.modules():
-            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
     def load_weights(self, weights: str) -> None:

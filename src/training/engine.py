@@ -199,6 +199,36 @@ def forward_backward(
     return loss.detach()
 
 
+def check_batch_size(
+    batch_size: int, chunk_size: int | None, image_size: int, batchnorm_trained: bool
+) -> None:
+    """Check that a batch can be trained on by all ranks.
+
+    Args:
+        batch_size: images per step, over all ranks.
+        chunk_size: images in memory at a time, None for all.
+        image_size: side of the images in pixels.
+        batchnorm_trained: whether BatchNorm normalizes over the images.
+
+    Raises:
+        UserError: the batch is too small; the message says what to change.
+    """
+    parts = [len(part) for part in split_evenly(batch_size)]
+    if batch_size < 2:
+        raise UserError("a batch of 1 image has no negatives, so its loss is always 0: choose "
+                        "--batch-size 2 or more")
+    if min(parts) < 1:
+        raise UserError(f"a batch of {batch_size} images leaves some of {len(parts)} processes "
+                        "without one: choose a larger --batch-size or fewer processes")
+    smallest = min((part - 1) % (chunk_size or part) + 1 for part in parts)
+    # At 32 pixels the last feature map is 1x1: one image gives BatchNorm one value per channel.
+    if smallest == 1 and image_size <= 32 and batchnorm_trained:
+        raise UserError(
+            f"BatchNorm cannot be trained on a single image of {image_size} pixels, and a batch of "
+            f"{batch_size} has one in a chunk or process of its own: choose another --batch-size, "
+            "--chunk-size or number of processes, or a larger --image-size")
+
+
 def _check_finite(
     progress: Progress, dataset: Flickr30kDataset, batches: list[list[Item]], epoch: int, lr: float
 ) -> None:

@@ -1,8 +1,9 @@
-"""AdamW's parameter groups, and the learning rate over the steps of a run."""
+"""AdamW's parameter groups, the learning rate over a run, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import torch
 
@@ -23,6 +24,10 @@ def build_optimizer(
         weight_decay: of the tensors that decay.
         image_encoder_lr: learning rate of the image encoder, which is usually pretrained; None
             for `lr`.
+
+    Returns:
+        The optimizer; on a GPU one kernel updates many tensors (`fused`), unless deterministic
+        algorithms are required.
     """
     groups = []
     of_images = {id(p) for p in model.image_encoder.parameters()}
@@ -32,7 +37,8 @@ def build_optimizer(
             {"params": [p for p in own if p.ndim >= 2], "lr": rate, "weight_decay": weight_decay},
             {"params": [p for p in own if p.ndim < 2], "lr": rate, "weight_decay": 0.0},
         ]
-    return torch.optim.AdamW(groups, lr=lr)
+    fused = model.logit_scale.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def build_schedule(
@@ -67,3 +73,41 @@ def build_schedule(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # LambdaLR requires it when it does not start at 0
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done_steps - 1)
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and BatchNorm statistics.
+
+    In the first steps the decay is smaller, or the random start would count for hundreds of steps:
+    polynomial averaging with eta = 3 of Shamir and Zhang, "Stochastic Gradient Descent for
+    Non-smooth Optimization", ICML 2013.
+
+    Attributes:
+        model: a copy of the model with the averaged weights.
+    """
+
+    def __init__(self, model: DualEncoder, decay: float) -> None:
+        """Start with a copy of `model`, whose weights each `update` reads."""
+        self.decay = decay
+        self.model = deepcopy(model).requires_grad_(False)
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        floats, integers = [], []
+        for own, current in pairs:
+            (floats if own.is_floating_point() else integers).append((own, current))
+        self._averages, self._weights = map(list, zip(*floats, strict=True))
+        self._counts, self._current_counts = map(list, zip(*integers, strict=True))
+
+    def update(self, step: int) -> None:
+        """Include the weights after step `step` of the run, from 1; the host does not wait."""
+        decay = min(self.decay, (step - 1) / (step + 3))
+        # One kernel for many tensors: a loop would launch one for each of 400 tensors.
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+
+    def copy_counts(self) -> None:
+        """Copy BatchNorm's integer counts, which have no average, before evaluating or saving."""
+        torch._foreach_copy_(self._counts, self._current_counts)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load the averaged weights; torch's AveragedModel, used earlier, has other names."""
+        self.model.load_state_dict({name.removeprefix("module."): value
+                                    for name, value in state.items() if name != "n_averaged"})

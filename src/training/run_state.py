@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.models.checkpoint import (
     Checkpoint,
@@ -21,6 +20,7 @@ from src.models.checkpoint import (
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.training.engine import Progress
+from src.training.optim import MovingAverage
 from src.utils.distributed import any_rank, rank
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
@@ -73,15 +73,15 @@ class RunState:
         self.stopped = False
         self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
         self._stop_request = stop_request or StopRequest()
-        self._ema_decay = ema_decay
-        self._average = AveragedModel(
-            model, multi_avg_fn=self._update_average, use_buffers=True,
-        ) if ema_decay else None
+        self._average = MovingAverage(model, ema_decay) if ema_decay else None
 
     @property
     def eval_model(self) -> DualEncoder:
         """The model to evaluate and keep: the average of the weights, if there is one."""
-        return self._average.module if self._average else self.model
+        if not self._average:
+            return self.model
+        self._average.copy_counts()
+        return self._average.model
 
     @property
     def steps(self) -> int:
@@ -97,20 +97,11 @@ class RunState:
         """
         self.progress = progress
         if self._average:
-            self._average.update_parameters(self.model)
+            self._average.update(self.steps)
         self.stopped = any_rank(self._stop_request.signal is not None)
         if self.stopped or time.monotonic() - self._saved > self._save_seconds:
             self.save()
         return self.stopped
-
-    def _update_average(
-        self, averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor
-    ) -> None:
-        # In the first steps the decay is smaller, or the random start would count for hundreds of
-        # steps: polynomial averaging with eta = 3 of Shamir and Zhang, "Stochastic Gradient Descent
-        # for Non-smooth Optimization", ICML 2013.
-        decay = min(self._ema_decay, (self.steps - 1) / (self.steps + 3))
-        get_ema_multi_avg_fn(decay)(averages, weights, n_averaged)
 
     def finish_epoch(self, metrics: dict[str, float], validation_seconds: float) -> bool:
         """Add the epoch to the log, and write log.jsonl, curves.png and the last checkpoint.
@@ -159,7 +150,7 @@ class RunState:
                 **self._summary(), log=self.log, progress=progress, data=self.data,
                 optimizer_state=self.optimizer.state_dict(),
                 scaler_state=self.scaler.state_dict(),
-                average_state=self._average.state_dict() if self._average else {},
+                average_state=self.eval_model.state_dict() if self._average else {},
             )
         self._saved = time.monotonic()
 

@@ -88,43 +88,32 @@ def average_gradients(model: nn.Module) -> None:
 
     Together with `all_gather_with_grad` the gradients are those of the whole batch's loss: a
     gathered row has `world_size` times its gradient, a parameter of the loss has its whole gradient
-    on every rank, and the mean is right for both. BatchNorm's statistics, which each rank takes
-    over its part of the batch, stay equal on all ranks.
+    on every rank, and the mean is right for both. BatchNorm normalizes over a rank's part of the
+    batch; the mean keeps its running statistics equal on all ranks. (SyncBatchNorm would make the
+    host wait for the GPU three times per layer.)
     """
-    if world_size() > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        # Statistics in float64, in which the mean of equal values is exact.
-        for tensors, dtype in ((gradients, torch.float32), (statistics, torch.float64)):
-            if not tensors:
-                continue
-            flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])  # one message
-            _communicate(dist.all_reduce, flat)
-            flat /= world_size()
-            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(mean.view_as(tensor))
-
-
-def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Return the model with BatchNorm over the whole batch if it is on several GPUs.
-
-    On other devices torch cannot synchronize statistics; the model is returned as it is.
-    """
-    if world_size() > 1 and next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def check_batch_size(batch_size: int, chunk_size: int | None, device: torch.device) -> None:
-    """Raise UserError if a batch of `batch_size` images cannot be divided over the ranks."""
-    n_ranks = world_size()
-    if batch_size < n_ranks:
-        raise UserError(f"a batch of {batch_size} images leaves some of {n_ranks} processes "
-                        "without one: choose a larger --batch-size or fewer processes")
-    if chunk_size and device.type == "cuda" and batch_size % n_ranks:
-        # The ranks would have different numbers of chunks, and SyncBatchNorm would wait forever.
-        raise UserError(f"with --chunk-size a batch of {batch_size} images must be divisible by "
-                        f"{n_ranks} processes: choose another --batch-size")
+    if world_size() == 1:
+        return
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    # Only layers that this step has updated: the statistics of the others are equal already.
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)
+              and layer.training and layer.weight.grad is not None]
+    statistics = [each for layer in layers for each in (layer.running_mean, layer.running_var)]
+    sources = [*(p.grad for p in parameters), *statistics]
+    if not sources:
+        return
+    # One message, and few kernels: the tensors are copied into views of one buffer together.
+    flat = torch.empty(sum(source.numel() for source in sources), device=sources[0].device)
+    parts = flat.split([source.numel() for source in sources])
+    views = [part.as_strided(source.shape, source.stride())
+             for part, source in zip(parts, sources, strict=True)]
+    torch._foreach_copy_(views, sources)
+    _communicate(dist.all_reduce, flat)
+    flat /= world_size()
+    for parameter, view in zip(parameters, views, strict=False):
+        parameter.grad = view
+    if statistics:
+        torch._foreach_copy_(statistics, views[len(parameters):])
 
 
 def any_rank(flag: bool) -> bool:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The model that comes with the repository; its card is next to it.
+PRETRAINED = Path(__file__).parents[1] / "models" / "pretrained" / "dual_encoder.pth"
+
 
 @dataclass(frozen=True)
 class DataPaths:

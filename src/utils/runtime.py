@@ -82,6 +82,13 @@ def tune_malloc() -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD: ... and let it grow by 64 MB
 
 
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to `device`; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from pageable memory would block the host
+    return tensor.to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return a context of mixed precision in `dtype`, which does nothing for float32."""
     enabled = dtype != torch.float32
@@ -104,14 +111,19 @@ def seed_all(*key: int | str) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def enable_determinism() -> None:
-    """Use only kernels that give the same bits in every run, on GPUs too.
+def choose_kernels(deterministic: bool) -> None:
+    """Let cuDNN time its kernels and use the fastest; or use only deterministic ones.
 
-    Call it before the first matrix product. Torch raises if an operation has no such kernel.
+    Call it before the first matrix product.
+
+    Args:
+        deterministic: use kernels that give the same bits in every run. Torch raises if an
+            operation has none.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
 
 
 class StopRequest:

@@ -18,8 +18,19 @@ from src.utils.files import write_atomic
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values with torch.save, atomically; see `write_atomic`."""
     buffer = io.BytesIO()
+    if any(tensor.device.type != "cpu" for tensor in _tensors_of(content)):
+        content = _to_cpu(content)  # so that torch.load works on a machine without that device
     torch.save(content, buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _to_cpu(value: Any) -> Any:
+    """Return a tree of plain values with its tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(each) for key, each in value.items()}
+    return type(value)(map(_to_cpu, value)) if isinstance(value, list | tuple) else value
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -6,19 +6,31 @@ import errno
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 import src.data.images
 from src.data.images import ReadError, find_escaping_links, load_image, load_resized, write_image
-from tests.stress.bad_input import flat_jpeg, huge_jpeg, huge_png
+from tests.stress.bad_input import (
+    BLUE,
+    GREEN,
+    RED,
+    flat_jpeg,
+    huge_jpeg,
+    huge_png,
+    make_profile,
+    png_chunk,
+    swapped_profile,
+)
 
 
 def noise(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -142,6 +154,141 @@ def test_longest_bounds_both_sides(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", Image.fromarray(noise(300, 600)))
     assert load_image(path, longest=60).size == (60, 30)
     assert load_image(path, longest=6000).size == (600, 300)
+
+
+# ---- Colors --------------------------------------------------------------------------------------
+
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
+
+
+def expected_srgb(pixels: np.ndarray, primaries: tuple, gamma: float) -> np.ndarray:
+    """Convert (..., 3) uint8 by matrices and curves in float64; the reference implementation."""
+    xyz = (pixels / 255) ** gamma @ np.array(primaries)
+    linear = (xyz @ np.linalg.inv(np.array([RED, GREEN, BLUE]))).clip(0, 1)
+    return 255 * np.where(linear < 0.0031308, 12.92 * linear,
+                          1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+ADOBE = ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))
+PROPHOTO = ((0.7977, 0.2880, 0.0), (0.1352, 0.7119, 0.0), (0.0313, 0.0001, 0.8249))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+@pytest.mark.parametrize(("primaries", "gamma"), [
+    ((GREEN, RED, BLUE), 2.2), (ADOBE, 2.2), (PROPHOTO, 1.8), ((RED, GREEN, BLUE), 1.0)])
+def test_profiles_are_converted_to_srgb(
+    tmp_path: Path, suffix: str, primaries: tuple, gamma: float
+) -> None:
+    """Pixels with an ICC profile become those of sRGB, in every format that carries profiles."""
+    levels = np.array([[0, 90, 180, 255], [30, 60, 120, 240]], np.uint8)
+    pixels = np.stack(np.meshgrid(*levels[[0, 1, 0]]), -1).reshape(8, 8, 3).repeat(16, 0)
+    pixels = pixels.repeat(16, 1)
+    options = {"png": {}, "tif": {}, "webp": {"lossless": True},
+               "jpg": {"quality": 100, "subsampling": 0}}[suffix]
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(pixels),
+                 icc_profile=make_profile(primaries, gamma), **options)
+    found = np.asarray(load_image(path))[8::16, 8::16].astype(float)
+    error = abs(found - expected_srgb(pixels[8::16, 8::16], primaries, gamma))
+    # A low gamma amplifies JPEG's rounding of dark colors.
+    assert error.max() < ((40 if gamma == 1 else 12) if suffix == "jpg" else 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA"])
+def test_profiles_of_every_mode(tmp_path: Path, mode: str) -> None:
+    """Gray, palette and transparent images are converted, too; transparency stays white."""
+    image = Image.new("RGBA", (4, 4), (0, 160, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
+    gray = mode in ("L", "LA", "1")
+    profile = make_profile((), 1.0, b"GRAY") if gray else swapped_profile()
+    path = saved(tmp_path / "a.png", image.convert(mode), icc_profile=profile)
+    value = int(np.asarray(image.convert(mode).convert("L"))[0, 3])
+    right = np.asarray(load_image(path))[0, 3].tolist()
+    expected = [round(255 * (1.055 * (value / 255) ** (1 / 2.4) - 0.055)) if value else 0] * 3
+    assert np.allclose(right, expected if gray else [160, 0, 0], atol=2)
+    if mode in ("LA", "RGBA"):
+        assert (np.asarray(load_image(path))[:, 0] == 255).all()
+
+
+@pytest.mark.parametrize("profile", [
+    b"", b"not a profile", swapped_profile()[:200], bytes(128) + swapped_profile()[128:],
+    make_profile((), 1.0, b"GRAY"), swapped_profile()[:16] + b"CMYK" + swapped_profile()[20:],
+    swapped_profile()[:16] + b"Lab " + swapped_profile()[20:],
+])
+def test_an_unusable_profile_is_ignored(tmp_path: Path, profile: bytes) -> None:
+    """A broken profile, and one for other channels, leave the pixels as they are."""
+    path = saved(tmp_path / "a.png", Image.fromarray(noise()), icc_profile=profile)
+    np.testing.assert_array_equal(np.asarray(load_image(path)), noise())
+
+
+def test_an_srgb_profile_changes_nothing(tmp_path: Path) -> None:
+    """With a profile that is sRGB up to rounding the pixels are those of the file."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = saved(tmp_path / "a.png", Image.fromarray(noise()), icc_profile=profile)
+    np.testing.assert_array_equal(np.asarray(load_image(path)), noise())
+
+
+def write_png(path: Path, depth: int, pixels: np.ndarray, key: bytes) -> None:
+    """Write a gray (H, W) or RGB (H, W, 3) PNG of any bit depth with a tRNS chunk."""
+    height, width = pixels.shape[:2]
+    if depth == 16:
+        rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
+    else:
+        bits = np.unpackbits(pixels.astype(np.uint8).reshape(height, -1, 1), axis=2)[..., -depth:]
+        rows = np.packbits(bits.reshape(height, -1), axis=1)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, depth, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"tRNS", key)
+                     + png_chunk(b"IDAT", zlib.compress(data)) + png_chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_keys_of_every_bit_depth(tmp_path: Path, depth: int, channels: int) -> None:
+    """Exactly the pixels of the key's color are white, at the full depth of the file."""
+    if channels == 3 and depth < 8:
+        pytest.skip("PNG has no such images")
+    rng, most = np.random.default_rng(depth), 2**depth - 1
+    few = rng.integers(0, most + 1, 5)
+    few[1] = few[0] ^ 1  # at 16 bits: the same high byte
+    pixels = rng.choice(few, (9, 11, 3) if channels == 3 else (9, 11))
+    key = pixels[4, 5]
+    write_png(tmp_path / "a.png", depth, pixels, struct.pack(f">{channels}H", *np.atleast_1d(key)))
+    found = np.asarray(load_image(tmp_path / "a.png")).astype(float)
+    hidden = (pixels == key).reshape(9, 11, -1).all(-1)
+    assert hidden.any() and (found[hidden] == 255).all()
+    shown = (pixels / most * 255).reshape(9, 11, -1)[~hidden]
+    assert abs(found[~hidden] - shown).max() <= 1
+
+
+def test_a_gif_frame_smaller_than_its_canvas(tmp_path: Path) -> None:
+    """What the first frame does not cover is white."""
+    buffer = io.BytesIO()
+    Image.new("P", (4, 3), 0).save(buffer, "GIF")
+    content = bytearray(buffer.getvalue())
+    content[6:10] = struct.pack("<HH", 10, 8)  # the canvas
+    start = content.index(b"\x2c", 13 + 3 * 2 ** (1 + (content[10] & 7)))
+    content[start + 1 : start + 5] = struct.pack("<HH", 5, 2)  # the place of the frame
+    (tmp_path / "a.gif").write_bytes(content)
+    pixels = np.asarray(load_image(tmp_path / "a.gif"))
+    inside = np.zeros((8, 10), bool)
+    inside[2:5, 5:9] = True
+    assert (pixels[~inside] == 255).all() and (pixels[inside] == 0).all()
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not there")
+@pytest.mark.parametrize(("name", "place", "color"), [
+    ("search-02/red_square_swapped_primaries.png", (32, 32), (255, 0, 0)),
+    ("search-02/red_square_swapped_primaries.jpg", (32, 32), (255, 0, 0)),
+    ("search-02/red_square_swapped_primaries.png", (0, 0), (255, 255, 255)),
+    *((f"search-03/{kind}_trns.png", (0, 0), (255, 255, 255))
+      for kind in ("grey2", "grey4", "grey16", "rgb16")),
+])
+def test_cases_of_colors(name: str, place: tuple[int, int], color: tuple[int, int, int]) -> None:
+    """The cases search-02 and search-03 have the colors that browsers show."""
+    assert np.allclose(np.asarray(load_image(CASES / name))[place], color, atol=2)
+
+
+# ---- Files that cannot be read -------------------------------------------------------------------
 
 
 def unreadable(folder: Path, kind: str) -> Path:

@@ -21,6 +21,7 @@ from src.data.images import load_resized, write_image
 from src.data.pixel_store import PixelStore, store_size
 from src.utils.errors import UserError
 from src.utils.files import exclusive_lock
+from tests.stress.bad_input import swapped_profile
 
 
 def noise(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -446,3 +447,44 @@ def test_the_store_is_a_little_larger_than_the_input() -> None:
     """The store has a margin for random crops of at most a tenth."""
     for size in (32, 64, 128, 224, 600):
         assert size < store_size(size) <= 1.1 * size
+
+
+def test_images_that_the_decoder_changes_are_decoded_again(
+    tmp_path: Path, images: Path, decoded: list[str]
+) -> None:
+    """In a store of the first version only failures and images with a profile are decoded."""
+    write_image(images / "0.png", noise(seed=0))
+    with Image.open(images / "1.png") as image:
+        image.save(images / "1.png", icc_profile=swapped_profile())
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    journal = tmp_path / "s" / "pixels_9.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in entries:
+        del entry["decoder"]  # as the first version wrote it
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    decoded.clear()
+    for _ in range(2):
+        check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
+        assert sorted(decoded) == ["1.png", "bad.png"]
+
+
+def test_a_failure_is_forgotten_when_the_reader_changes(
+    tmp_path: Path, images: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of Pillow tries unreadable images once more, and no others."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    monkeypatch.setattr(src.data.pixel_store, "reader_version", lambda: "another")
+    decoded.clear()
+    for _ in range(2):
+        check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
+        assert decoded == ["bad.png"]
+
+
+def test_links_to_outside_are_followed_if_asked(tmp_path: Path, images: Path) -> None:
+    """With follow_links a folder of links to a blob store has the pixels of the blobs."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in NAMES:
+        (links / name).symlink_to(images / name)
+    assert PixelStore.build(tmp_path / "s", links, NAMES, 9).rows == {}
+    check(PixelStore.build(tmp_path / "s", links, NAMES, 9, follow_links=True), images, NAMES)

@@ -84,15 +84,17 @@ def test_order_of_captions_does_not_matter(example, seed):
     assert torch.equal(shuffled[1], text_to_image[order])
 
 
-@pytest.mark.parametrize("max_elements", [1, 7, 60, 2**26])
-def test_block_size_changes_no_rank(max_elements):
-    """One row at a time, some, or all at once: the same ranks, in the same order."""
+@pytest.mark.parametrize("cached", [1, 2**26])
+@pytest.mark.parametrize("tile_size", [1, 3, 7, 13, 40, 2**13])
+def test_tile_size_changes_no_rank(monkeypatch, tile_size, cached):
+    """In tiles of any size, computed once or again, the ranks are the same."""
+    monkeypatch.setattr("src.evaluation.metrics.CACHED_ELEMENTS", cached)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(-2, 3, (13, 3), generator=generator).float()
     texts = torch.randint(-2, 3, (40, 3), generator=generator).float()
     owner = torch.randint(0, 11, (40,), generator=generator)  # the last two images have none
     expected = oracle_ranks(similarity_table(images, texts), owner.tolist())
-    ranks = retrieval_ranks(images, texts, owner, max_elements)
+    ranks = retrieval_ranks(images, texts, owner, tile_size)
     assert [part.tolist() for part in ranks] == list(expected)
 
 

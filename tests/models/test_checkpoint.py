@@ -9,7 +9,12 @@ import torch
 from efficientnet_pytorch import EfficientNet
 
 from src.data.pixel_store import store_size
-from src.models.checkpoint import export_image_encoder, load_checkpoint, save_checkpoint
+from src.models.checkpoint import (
+    export_image_encoder,
+    load_checkpoint,
+    save_checkpoint,
+    save_compact,
+)
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGENET_MEAN, IMAGENET_STD
 from src.models.tokenizer import Tokenizer
@@ -160,6 +165,24 @@ def test_damaged_parts(saved, part, value):
     torch.save(content, saved)
     with pytest.raises(UserError, match="clip.pth is damaged or of another version"):
         load_checkpoint(saved)
+
+
+def test_compact_checkpoint(model, tokenizer, images, saved, tmp_path):
+    """A compact checkpoint has half the size or less, and the same embeddings up to rounding."""
+    path = tmp_path / "compact.pth"
+    save_compact(path, model, tokenizer, epoch=3)
+    assert path.stat().st_size < 0.55 * saved.stat().st_size
+    loaded, its_tokenizer, content = load_checkpoint(path)
+    assert its_tokenizer.vocab == tokenizer.vocab and content["epoch"] == 3
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {
+        torch.float32, torch.int64}
+    assert torch.equal(loaded.logit_scale, model.logit_scale)
+    tokens = tokenizer.encode(CAPTIONS)
+    with torch.no_grad():
+        for name, inputs in (("encode_image", images), ("encode_text", tokens)):
+            expected = getattr(model, name)(inputs)
+            torch.testing.assert_close(getattr(loaded, name)(inputs), expected, rtol=0, atol=0.01)
+    assert not loaded.word_embeddings()[:2].any()  # <pad> and <unk> stay zero
 
 
 @pytest.fixture

@@ -18,8 +18,14 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
 from src.training import engine
-from src.training.engine import Progress, forward_backward, train_one_epoch
+from src.training.engine import (
+    Progress,
+    check_batch_size,
+    forward_backward,
+    train_one_epoch,
+)
 from src.training.optim import build_optimizer, build_schedule
+from src.utils.distributed import split_evenly
 from src.utils.errors import UserError
 from src.utils.runtime import grad_scaler, seed_all
 
@@ -276,3 +282,38 @@ def test_the_model_after_training(trained):
     assert [name for name, value in state.items() if not value.isfinite().all()] == []
     assert state["image_encoder.backbone._bn0.running_mean"].any()
     assert not state["text_encoder.embedding.weight"][Tokenizer.pad_id].any()
+
+
+# Batches that cannot be trained on
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size", "image_size", "n_ranks", "part"), [
+    (1, None, 224, 1, "no negatives"), (2, None, 224, 3, "without one"),
+    (9, 8, 32, 1, "single image"), (3, None, 32, 2, "single image"), (5, 2, 32, 2, "single image"),
+    (2, 1, 16, 1, "single image"),
+])
+def test_batches_that_are_too_small_are_refused(
+    monkeypatch, batch_size, chunk_size, image_size, n_ranks, part
+):
+    """A batch without negatives, a rank without an image, and a single image for BatchNorm are one
+    message that names the flag to change."""
+    monkeypatch.setattr("src.utils.distributed.world_size", lambda: n_ranks)
+    with pytest.raises(UserError, match=f"(?s){part}.*--batch-size"):
+        check_batch_size(batch_size, chunk_size, image_size, batchnorm_trained=True)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size", "image_size", "n_ranks", "trained"), [
+    (2, None, 32, 1, True), (9, 8, 33, 1, True), (9, 8, 32, 1, False), (3, None, 32, 2, False),
+    (8, 8, 32, 1, True), (10, 8, 32, 1, True), (5, 3, 32, 1, True), (7, 100, 32, 3, True),
+])
+def test_other_batches_are_trained_on(batch_size, chunk_size, image_size, n_ranks, trained,
+                                      monkeypatch, colors):
+    """Batches that are not refused do not raise in a step: chunks and ranks of other sizes, and a
+    single image where BatchNorm is frozen or has more than one value per channel."""
+    monkeypatch.setattr("src.utils.distributed.world_size", lambda: n_ranks)
+    check_batch_size(batch_size, chunk_size, image_size, trained)
+    encoder = make_model(image_size=image_size).image_encoder.train(trained)
+    for part in split_evenly(batch_size):
+        for start in range(0, len(part), chunk_size or len(part)):
+            size = len(part[start : start + (chunk_size or len(part))])
+            assert encoder(torch.randn(size, 3, image_size, image_size)).isfinite().all()

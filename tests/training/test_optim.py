@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.models.dual_encoder import DualEncoder, ModelConfig
-from src.training.optim import build_optimizer, build_schedule
+from src.training.optim import MovingAverage, build_optimizer, build_schedule
 
 
 def rates(steps: int, lr: float, **schedule) -> list[float]:
@@ -133,3 +134,55 @@ def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(schedule, done):
     """A schedule that starts after `done_steps` has exactly the remaining rates."""
     whole = dict(warmup_steps=4, total_steps=10, schedule=schedule)
     assert rates(10 - done, 0.3, **whole, done_steps=done) == rates(10, 0.3, **whole)[done:]
+
+
+# The moving average of the weights
+
+
+def change(model: DualEncoder, seed: int) -> None:
+    """Change all weights and statistics as a training step does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.add_(torch.randn(value.shape, generator=generator))
+            else:
+                value.add_(1)
+
+
+def test_the_moving_average_is_its_formula():
+    """After each step the average is a * average + (1 - a) * weights, and a rises to the decay;
+    integers are those of the model."""
+    model = DualEncoder(ModelConfig(vocab_size=5, image_size=32, token_dim=6, embed_dim=4))
+    average = MovingAverage(model, decay=0.6)
+    expected = None
+    for step in range(1, 12):
+        change(model, step)
+        average.update(step)
+        state = {name: value.double() for name, value in model.state_dict().items()}
+        kept = min(0.6, (step - 1) / (step + 3))
+        expected = state if step == 1 else {
+            name: kept * expected[name] + (1 - kept) * value for name, value in state.items()}
+    average.copy_counts()
+    for name, value in average.model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-4)
+        else:
+            assert value == model.state_dict()[name] == 11
+
+
+def test_the_average_of_an_earlier_version_is_loaded():
+    """The state of torch's AveragedModel, which earlier versions saved, continues bit by bit."""
+    model = DualEncoder(ModelConfig(vocab_size=5, image_size=32, token_dim=6, embed_dim=4))
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.25), use_buffers=True)
+    for step in range(2):
+        change(model, step)
+        theirs.update_parameters(model)
+    ours = MovingAverage(model, decay=0.25)
+    ours.load_state_dict(theirs.state_dict())
+    change(model, 2)
+    theirs.update_parameters(model)
+    ours.update(3)  # from the third step on the decay is 0.25 or more
+    own, other = ours.model.state_dict(), theirs.module.state_dict()
+    assert [name for name, value in own.items() if value.is_floating_point()
+            and not torch.equal(value, other[name])] == []

@@ -101,10 +101,16 @@ def worker(folder: Path, chunk_size: int | None) -> None:
     assert broadcast_object({"number": rank()}) == {"number": 0}
     torch.save(one_step(chunk_size), folder / f"{rank()}.pt")
     model = ImageEncoder("efficientnet-b0", 32).train()
-    model(torch.randn(4, 3, 32, 32) + rank())  # statistics of its own part ...
-    own = model.backbone._bn0.running_mean.clone()
+    model.backbone._bn1.eval()  # frozen
+    features = model(torch.randn(4, 3, 32, 32) + rank())
+    features.sum().backward()  # gradients and statistics of its own part ...
+    layers = (model.backbone._bn0, model.backbone._bn1)
+    own = [tensor.clone() for layer in layers
+           for tensor in (layer.running_mean, layer.running_var, layer.weight.grad)]
     average_gradients(model)
-    torch.save([own, model.backbone._bn0.running_mean], folder / f"statistics {rank()}.pt")
+    averaged = [tensor for layer in layers
+                for tensor in (layer.running_mean, layer.running_var, layer.weight.grad)]
+    torch.save([own, averaged], folder / f"statistics {rank()}.pt")
     barrier()
     destroy_distributed()  # threads of the group that outlive Python abort the process
 
@@ -123,13 +129,13 @@ def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size
             scale = value.abs().max().item() + 1e-6
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale,
                                        msg=lambda text, name=name: f"{name}: {text}")
-
-
-    own, shared = zip(*(torch.load(tmp_path / f"statistics {number}.pt", weights_only=True)
-                        for number in range(processes)), strict=True)
-    for statistics in shared:  # ... become those of all
-        torch.testing.assert_close(statistics, torch.stack(own).mean(0))
-    assert not torch.allclose(own[0], shared[0])
+    own, averaged = zip(*(torch.load(tmp_path / f"statistics {number}.pt", weights_only=True)
+                          for number in range(processes)), strict=True)
+    for found in averaged:  # ... become the mean over the ranks
+        for value, parts in zip(found, zip(*own, strict=True), strict=True):
+            torch.testing.assert_close(value, torch.stack(parts).mean(0))
+    changed = [not torch.equal(*pair) for pair in zip(own[0], averaged[0], strict=True)]
+    assert changed == [True, True, True, False, False, True]  # a frozen layer has its gradient
 
 
 def test_torchrun_trains_as_one_process_does(tmp_path):
@@ -161,10 +167,11 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     """A rank without an image is an error that names the cure, without a traceback."""
     images, annotations = make_tiny_data(tmp_path / "data")
     ran = torchrun("train.py", "--images", str(images), "--annotations", str(annotations),
-                   "--batch-size", "1", "--weights", "none", "--val-fraction", "0.25",
-                   "--image-size", "32", "--results-dir", str(tmp_path / "r"))
+                   "--batch-size", "2", "--weights", "none", "--val-fraction", "0.25",
+                   "--image-size", "32", "--results-dir", str(tmp_path / "r"), "--device", "cpu",
+                   processes=3)
     assert ran.returncode != 0
-    assert "error: a batch of 1 images leaves some of 2 processes without one" in ran.stderr
+    assert "error: a batch of 2 images leaves some of 3 processes without one" in ran.stderr
     assert "src/" not in ran.stderr
 
 
