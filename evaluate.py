@@ -29,6 +29,7 @@ from src.cli import (
     defaults_from_checkpoint,
     resolve_data,
     resolve_results,
+    scan_arguments,
 )
 from src.data.dataset import Flickr30kDataset
 from src.data.prepare import prepare_datasets
@@ -104,14 +105,12 @@ def open_split(
         UserError: the split has no images, or none of them can be decoded.
     """
     data = resolve_data(args)
-    source = scan_dataset(
-        data.images, data.annotations, args.val_fraction, args.seed, args.max_images
-    )
+    source = scan_dataset(**scan_arguments(args))
     records = [record for split, records in source.splits.items() for record in records
                if args.split in (split, "all")]
     if not records:
         found = ", ".join(split for split, records in source.splits.items() if records)
-        raise UserError(f"{data.annotations} has no {args.split} images, only: {found}")
+        raise UserError(f"the caption files have no {args.split} images, only: {found}")
     [dataset] = prepare_datasets(
         source, [records], tokenizer, model.config.image_size, cache=data.cache,
         rejected=results.folder / f"rejected_{args.split}.csv", strict=args.strict,

@@ -110,9 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
     photos = parser.add_argument_group("photos")
     photos.add_argument("--images", type=Path, metavar="DIR",
                         help="folder of photos, with its subfolders (default: the training run's)")
-    photos.add_argument("--annotations", type=Path, metavar="FILE",
-                        help="captions of the photos, shown with them (default: the training "
-                        "run's)")
+    photos.add_argument("--annotations", type=Path, action="append", metavar="FILE",
+                        help="captions of the photos, shown if known; may be repeated (default: "
+                        "those of the training run)")
+    cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
                         help="holds images/ and annotations/annotations.csv")
     cli.add_checkpoint_arguments(photos)
@@ -221,11 +222,15 @@ def make_results(
 
 def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
     """Return the captions of each image; an empty dict without a caption file."""
-    if not data.annotations.exists():
+    paths = [path for path in data.annotations if path.exists()]
+    if not paths:
         return {}
     from src.data.captions import read_annotations
+    from src.data.source import find_images
 
-    return {record.name: record.captions for record in read_annotations(data.annotations).records}
+    read = read_annotations(paths, **data.columns,
+                            find_images=functools.partial(find_images, data.images))
+    return {record.name: record.captions for record in read.records}
 
 
 def format_answer(answer: dict, explain: bool) -> str:

@@ -112,7 +112,7 @@ def train(
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
             features = [
                 split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                for split in (train_set, val_set)]
+                if len(split) else split for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
         print(EPOCH_HEADER)
@@ -127,7 +127,7 @@ def train(
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             start = time.perf_counter()
-            metrics = evaluate_retrieval(run.eval_model, val_input)
+            metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
             print(format_epoch(run.log[-1], is_best, args.epochs))
     return 0, val_set
@@ -168,8 +168,9 @@ def load_data(
     Raises:
         UserError: a split has fewer than two images, or see `scan_dataset`, `prepare_datasets`.
     """
-    source = scan_dataset(
-        data.images, data.annotations, args.val_fraction, args.seed, args.max_images)
+    source = scan_dataset(**cli.scan_arguments(args))
+    if args.val_fraction != 0 and (reason := source.explain_no_validation()):
+        raise UserError(reason)
     splits = [source.splits["train"], source.splits["val"]]
     # Only from training captions: a vocabulary of all captions would leak the validation words.
     captions = [caption for record in splits[0] for caption in record.captions]
@@ -179,7 +180,7 @@ def load_data(
         rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if len(dataset.records) < 2:
+        if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
                             "2: add images, or split them otherwise with --val-fraction")
     train_set, val_set = datasets
@@ -228,8 +229,11 @@ def report_stop(
 def report_best(
     results: ResultPaths, val_set: Flickr30kDataset, device: torch.device
 ) -> None:
-    """Print the best epoch, and draw some of its answers."""
+    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
     model, _, best = load_checkpoint(results.best)
+    if not len(val_set):
+        print(f"last epoch {best['epoch']}, without validation: {results.best}")
+        return
     plot_examples(results.folder / "examples.png", model.to(device), val_set)
     print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
     print("captions with their top five images, the correct one framed: "

@@ -63,13 +63,25 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: data/flickr30k)")
     group.add_argument("--images", type=Path, metavar="DIR",
                        help="folder of images (default: DATA_DIR/images)")
-    group.add_argument("--annotations", type=Path, metavar="FILE",
-                       help="caption file in any known format "
-                       "(default: DATA_DIR/annotations/annotations.csv)")
+    group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
+                       help="caption files in any layout of docs/captions.md, also one for each "
+                       "split (default: DATA_DIR/annotations/annotations.csv)")
+    add_column_arguments(group)
     group.add_argument("--cache-dir", type=Path, metavar="DIR",
                        help="folder of the decoded images (default: beside the image folder)")
     group.add_argument("--strict", action="store_true",
                        help="exit with status 1 if a caption row or an image cannot be used")
+
+
+def add_column_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add --image-column, --caption-column and --split-column."""
+    group.add_argument("--image-column", metavar="NAME",
+                       help="column of the image names in the caption files; 1, 2, 3, ... in a "
+                       "table without a header (default: found by its name)")
+    group.add_argument("--caption-column", action="append", metavar="NAME",
+                       help="column of the captions; may be repeated (default: found by its name)")
+    group.add_argument("--split-column", metavar="NAME",
+                       help="column of train, val and test (default: split)")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,9 +89,13 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("split")
     group.add_argument("--seed", type=int, default=0,
                        help="seed of the split and of all random numbers (default: %(default)s)")
-    group.add_argument("--val-fraction", type=fraction, default=0.1, metavar="X",
-                       help="share of the images in the validation split, if the caption file has "
-                       "no split of its own (default: %(default)s)")
+    group.add_argument("--val-fraction", type=fraction, metavar="X",
+                       help="share of the images for validation, where the caption files have no "
+                       "validation images; 0 to train without validation (default: 0.1, where the "
+                       "caption files have no split)")
+    group.add_argument("--split-files", type=Path, nargs="+", metavar="FILE",
+                       help="lists of image names, such as Flickr_8k.trainImages.txt, with the "
+                       "split in the file's name")
     group.add_argument("--max-images", type=positive_int, metavar="N",
                        help="use only N images, for a quick try (default: all)")
 
@@ -202,10 +218,25 @@ def resolve_data(args: argparse.Namespace) -> DataPaths:
     """Return the data paths for the arguments of `add_data_arguments`."""
     data = args.data_dir or Path("data/demo" if args.demo else "data/flickr30k")
     images = args.images or data / "images"
+    annotations = args.annotations or data / "annotations" / "annotations.csv"
+    if isinstance(annotations, str | Path):  # the checkpoints of earlier versions have one file
+        annotations = [annotations]
     return DataPaths(
         images=images,
-        annotations=args.annotations or data / "annotations" / "annotations.csv",
+        annotations=[Path(path) for path in annotations],
         cache=getattr(args, "cache_dir", None) or images.parent,
+        columns=dict(image_column=args.image_column, caption_columns=args.caption_column or (),
+                     split_column=args.split_column),
+    )
+
+
+def scan_arguments(args: argparse.Namespace) -> dict:
+    """Return the arguments of `scan_dataset` that the data and split flags mean."""
+    data = resolve_data(args)
+    return dict(
+        images=data.images, annotations=data.annotations, val_fraction=args.val_fraction,
+        seed=args.seed, max_images=args.max_images, **data.columns,
+        split_files=[Path(path) for path in args.split_files or ()],
     )
 
 
@@ -272,12 +303,18 @@ def defaults_from_checkpoint(
     """
     trained = content.get("args", {})
     given = parser.parse_args(argv)
-    paths = ("data_dir", "images", "annotations", "cache_dir")
+    paths = ("data_dir", "images", "annotations", "cache_dir", "split_files")
+    columns = ("image_column", "caption_column", "split_column")
     defaults = {name: trained.get(name) for name in ("seed", "val_fraction", "max_images")}
     if not any(getattr(given, name, None) for name in paths):
-        defaults |= {name: Path(trained[name]) for name in paths if trained.get(name)}
+        defaults |= {name: trained.get(name) for name in columns}
+        defaults |= {
+            name: [Path(path) for path in value] if isinstance(value, list) else Path(value)
+            for name in paths if (value := trained.get(name))}
         if trained.get("demo"):
             defaults.setdefault("data_dir", Path("data/demo"))
+    if getattr(given, "caption_column", None):  # argparse would append to a default
+        defaults.pop("caption_column", None)
     parser.set_defaults(**{name: value for name, value in defaults.items()
                            if name in given and value is not None})
     return parser.parse_args(argv)
@@ -285,5 +322,9 @@ def defaults_from_checkpoint(
 
 def plain_values(args: argparse.Namespace) -> dict:
     """Return the flags as plain values, for JSON and checkpoints."""
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()}
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}

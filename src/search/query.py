@@ -33,7 +33,7 @@ class WordTable:
     Attributes:
         checkpoint: fingerprint of the checkpoint file.
         words: V words in the order of their ids, <pad> and <unk> first.
-        context_length: number of words of a text that are used.
+        context_length: number of words of a caption that are used in training.
         args: flags of the training run, which name its image folder.
         vectors: (V, D) float32, each word in the shared space, not normalized.
     """
@@ -87,7 +87,7 @@ def load_words(
                       f"({printable(str(error))})", file=sys.stderr)
             model, tokenizer, content = load()
             args = {name: value for name, value in content.get("args", {}).items()
-                    if isinstance(value, str | int | float | None)}  # what JSON holds
+                    if isinstance(value, str | int | float | list | None)}  # what JSON holds
             table = WordTable(key, tokenizer.words, tokenizer.context_length, args,
                               model.word_embeddings().cpu().numpy())
             save_matrix(folder, "words", {
@@ -106,7 +106,7 @@ class TextQuery:
 
     Attributes:
         text: the text as typed.
-        words: its W words in order, cut to the context length.
+        words: its W words in order.
         unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
         embedding: (D,) float32 unit vector.
         word_parts: (W, D) float32; their sum is the embedding.
@@ -135,7 +135,7 @@ def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
     """
     queries = []
     for text in texts:
-        words = split_words(text)[: table.context_length]
+        words = split_words(text)  # all of them: a mean has no context length
         unknown = list(dict.fromkeys(word for word in words if word not in table.ids))
         if len(unknown) == len(set(words)):
             raise UserError(f"no word of {text!r} is known to the model"

@@ -111,8 +111,8 @@ class RunState:
         Returns:
             Whether the epoch is the best so far.
         """
-        best_before = max((line["metrics"]["rsum"] for line in self.log), default=-1.0)
-        is_best = metrics["rsum"] > best_before
+        best_before = max((line["metrics"].get("rsum", -1.0) for line in self.log), default=-1.0)
+        is_best = not metrics or metrics["rsum"] > best_before  # without validation: the last
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         self.log.append({

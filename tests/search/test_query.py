@@ -64,10 +64,13 @@ def test_embedding_equals_encode_text(
         np.testing.assert_allclose(query.embedding, alone, atol=1e-6)
 
 
-def test_words_beyond_the_context_length_are_ignored(table: WordTable) -> None:
-    """Only the words that the model reads are listed."""
-    (query,) = embed_queries(table, [QUERIES[-1]])
-    assert query.words == ["circle"] * 8
+def test_a_query_has_no_length_limit(table: WordTable) -> None:
+    """Words after the context length of training count too: a query is the mean of its words."""
+    query, short = embed_queries(table, ["a " * 34 + "circle", "circle"])
+    assert query.words == ["a"] * 34 + ["circle"]
+    expected = 34 * table.vectors[table.ids["a"]] + table.vectors[table.ids["circle"]]
+    np.testing.assert_allclose(query.embedding, expected / np.linalg.norm(expected), atol=1e-6)
+    assert not np.allclose(query.embedding, short.embedding)
 
 
 def test_unknown_words_are_named_once_in_order(table: WordTable) -> None:
