@@ -2,10 +2,10 @@
 
     python main.py                     # Flickr30k in data/flickr30k, in seconds
     python main.py --strict            # decode every image too
-    python main.py --demo              # the synthetic dataset of train.py --demo
+    python main.py --demo              # the dataset of train.py --demo
 
-Reads the captions, looks for the image files, splits, tokenizes, and encodes one batch with an
-untrained model. Exit status 1 if something is wrong.
+Reads the captions, looks for the image files, splits, tokenizes, and encodes
+one batch with an untrained model. The exit status is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_split_arguments(parser)
     parser.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                        help="(default: %(default)s)")
+                        metavar="NAME", help="as for train.py (default: %(default)s)")
     parser.add_argument("--image-size", type=cli.positive_int, metavar="PIXELS",
                         help="height and width of the input images (default: 224, with --demo 64)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, metavar="N",

@@ -1,15 +1,16 @@
-"""Train the dual encoder on images and captions; keep the epoch with the best validation recall.
+"""Train the dual encoder, and keep the epoch with the best validation recall.
 
-    python train.py                    # Flickr30k in data/flickr30k, the baseline recipe
+    python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
-    python train.py --demo             # a small synthetic dataset, about a minute on two CPU cores
+    python train.py --demo             # a synthetic dataset, about a minute
     python train.py --max-images 2000 --weights none
-    python train.py --resume           # continue the run where it stopped, even within an epoch
+    python train.py --resume           # continue a run, even within an epoch
     torchrun --nproc-per-node 2 train.py
 
-Written below results/: models/flickr30k_clip_best.pth (model_state, vocab, config, metrics),
-models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per epoch), args.json,
-curves.png, examples.png (validation captions with their top five images) and rejected.csv.
+Written to results/: models/flickr30k_clip_best.pth (model_state, vocab, config,
+metrics), models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per
+epoch), args.json, curves.png, examples.png (validation captions with their top
+five images) and rejected.csv.
 """
 
 from __future__ import annotations

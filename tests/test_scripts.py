@@ -889,12 +889,16 @@ def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
     assert error == f"error: there is no file {Path('results') / BEST}\n"
 
 
-@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
-                                    "train_image_only.py"])
+@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "train_image_only.py"])
 def test_help_can_be_printed(monkeypatch, capsys, script):
-    """--help prints all help texts, in which argparse formats percent signs."""
-    status, error = run_program(monkeypatch, capsys, script, "--help")
-    assert (status, error) == (0, "")
+    """--help prints all help texts, in which argparse formats percent signs, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+    out, error = capsys.readouterr()
+    assert (caught.value.code, error) == (0, "")
+    assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
 def test_exit_status_of_a_program(capsys):
