@@ -616,6 +616,18 @@ def test_the_best_checkpoint_has_the_moving_average(run, monkeypatch):
         assert_same_run(run.resume(f"average cut {after}"), results)
 
 
+def test_without_validation_the_last_epoch_is_kept(run, capsys):
+    """--val-fraction 0 trains on all images; there are no metrics to choose an epoch by."""
+    results = run("no validation", "--val-fraction", "0", epochs=2)
+    assert "train: 12 images" in capsys.readouterr().out
+    best, last = load(results / BEST), load(results / LAST)
+    assert (best["epoch"], best["metrics"]) == (2, {})
+    assert differing(best["model_state"], last["model_state"]) == []
+    assert [line["metrics"] for line in read_log(results)] == [{}, {}]
+    assert load_image(results / "curves.png").width > 400
+    assert not (results / "examples.png").exists()
+
+
 def test_max_images(run, stubs, capsys):
     """--max-images limits the images of both splits together."""
     stubs.rsums = [1.0]
