@@ -622,7 +622,7 @@ def test_without_validation_the_last_epoch_is_kept(run, capsys):
     assert "train: 12 images" in capsys.readouterr().out
     best, last = load(results / BEST), load(results / LAST)
     assert (best["epoch"], best["metrics"]) == (2, {})
-    assert differing(best["model_state"], last["model_state"]) == []
+    assert differences(best["model_state"], last["model_state"]) == []
     assert [line["metrics"] for line in read_log(results)] == [{}, {}]
     assert load_image(results / "curves.png").width > 400
     assert not (results / "examples.png").exists()
