@@ -18,7 +18,8 @@ LEVELS = {"utils": 0, "data": 1, "models": 1, "training": 2, "evaluation": 2, "s
 LIBRARIES = {
     "PIL": {"data/images"}, "efficientnet_pytorch": {"models/image_encoder"},
     "matplotlib": {"utils/plots"}, "fcntl": {"utils/files"},
-    "http": {"search/page_server", "models/image_encoder"}, "pandas": {"data/captions", "data/caption_files"},
+    "http": {"search/page_server", "models/image_encoder"},
+    "pandas": {"data/captions", "data/caption_files"},
 }
 
 

@@ -7,6 +7,8 @@ captions is among the K most similar captions. Ties count against the model, and
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from functools import lru_cache
 
 import torch
@@ -125,11 +127,12 @@ def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
     """Return one epoch of a run's log as a row below EPOCH_HEADER; `*` marks the best so far.
 
     Args:
-        line: of the log.
+        line: of the log; without validation its metrics are empty, and shown as nan.
         is_best: whether its rsum is the highest so far.
         epochs: of the whole run, to estimate the time that is left.
     """
-    metrics, seconds = line["metrics"], line["time"]["seconds"] + line["time"]["validation_seconds"]
+    metrics = defaultdict(lambda: math.nan, line["metrics"])
+    seconds = line["time"]["seconds"] + line["time"]["validation_seconds"]
     text_to_image, image_to_text = (
         "".join(f"{metrics[f'{direction}_R@{k}']:6.1f}" for k in RECALL_AT)
         for direction in ("text_to_image", "image_to_text"))

@@ -36,8 +36,9 @@ def plot_curves(path: Path, log: list[dict]) -> None:
     for direction, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
         for k, style in ((1, ":"), (5, "--"), (10, "-")):
             name = f"{direction}_R@{k}"
-            right.plot(epochs, [line["metrics"].get(name, np.nan) for line in log], style, color=color,
-                       marker="o", markersize=3, label=f"{direction.replace('_', ' ')} R@{k}")
+            recalls = [line["metrics"].get(name, np.nan) for line in log]
+            right.plot(epochs, recalls, style, color=color, marker="o", markersize=3,
+                       label=f"{direction.replace('_', ' ')} R@{k}")
     right.set_title("validation recall, %", loc="left", color=INK, fontsize=11)
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
