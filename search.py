@@ -281,7 +281,6 @@ def write_page(folder: Path, table: WordTable, index: ImageIndex, data: DataPath
         folder,
         words=table.words,
         word_embeddings=table.vectors,
-        context_length=table.context_length,
         names=index.names,
         image_embeddings=index.embeddings,
         captions=[list(captions.get(name, ())) for name in index.names],

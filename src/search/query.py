@@ -33,21 +33,19 @@ class WordTable:
     Attributes:
         checkpoint: fingerprint of the checkpoint file.
         words: V words in the order of their ids, <pad> and <unk> first.
-        context_length: number of words of a caption that are used in training.
         args: flags of the training run, which name its image folder.
         vectors: (V, D) float32, each word in the shared space, not normalized.
     """
 
     checkpoint: str
     words: list[str]
-    context_length: int
     args: dict
     vectors: np.ndarray
 
     def __post_init__(self) -> None:
         """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
-                and isinstance(self.args, dict) and isinstance(self.context_length, int)):
+                and isinstance(self.args, dict)):
             raise ValueError("values of another type")
         if len(self.words) != len(self.vectors) or self.words[:2] != [PAD, UNK]:
             raise ValueError(f"{len(self.vectors)} vectors for {len(self.words)} words")
@@ -78,8 +76,7 @@ def load_words(
             try:
                 content, vectors = load_matrix(folder, "words")
                 if content["checkpoint"] == key:
-                    return WordTable(key, content["words"], content["context_length"],
-                                     content["args"], vectors)
+                    return WordTable(key, content["words"], content["args"], vectors)
             except FileNotFoundError:
                 pass
             except (ValueError, KeyError) as error:
@@ -88,12 +85,9 @@ def load_words(
             model, tokenizer, content = load()
             args = {name: value for name, value in content.get("args", {}).items()
                     if isinstance(value, str | int | float | list | None)}  # what JSON holds
-            table = WordTable(key, tokenizer.words, tokenizer.context_length, args,
-                              model.word_embeddings().cpu().numpy())
+            table = WordTable(key, tokenizer.words, args, model.word_embeddings().cpu().numpy())
             save_matrix(folder, "words", {
-                "checkpoint": key, "words": table.words, "args": table.args,
-                "context_length": table.context_length,
-            }, table.vectors)
+                "checkpoint": key, "words": table.words, "args": table.args}, table.vectors)
             return table
     except OSError as error:
         raise UserError(f"cannot keep word vectors in {folder}: {error.strerror or error}; choose "

@@ -188,9 +188,6 @@ function drawNotes(query, known) {
       " is not in the vocabulary", ...(near.length ? [", similar: ", ...near] : [])]);
   }
   if (unknown.length > 4) notes.push([`${unknown.length - 4} more words are not in the vocabulary`]);
-  if (query.leftOut) {
-    notes.push([`Only the first ${contextLength} words are used, ${number(query.leftOut)} are ignored`]);
-  }
   get("notes").classList.toggle("lost", query.words.length > 0 && !known);
   get("notes").replaceChildren(...notes.map((note) => el("p", {}, ...note)));
 }
