@@ -197,7 +197,7 @@ def test_several_folders_are_searched(
     assert len(answer["results"]) == 8
 
 
-@pytest.mark.parametrize("flag", ["--top", "--checkpoint", "--image", "--annotations"])
+@pytest.mark.parametrize("flag", ["--top", "--checkpoint", "--image", "--index-dir"])
 def test_a_repeated_flag_is_an_error(
     flags: list[str], flag: str, capsys: pytest.CaptureFixture
 ) -> None:
