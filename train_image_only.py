@@ -1,7 +1,7 @@
 """Export the image encoder of a trained checkpoint. Trains nothing.
 
     python train_image_only.py
-    python train_image_only.py --checkpoint my_checkpoint.pth --output encoder.pth
+    python train_image_only.py --checkpoint other.pth --output encoder.pth
 
 The file holds the weights of the EfficientNet and of its projection, and what
 is needed to prepare the input: name, image size, mean and standard deviation.

@@ -11,10 +11,7 @@ center of a slightly larger image.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import naive
 from benchmarks.photos import write_dataset
-from benchmarks.timing import machine, one_process_each, ratio, spread
+from benchmarks.timing import machine, one_process_each, print_report, ratio, spread
 from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore
 from src.evaluation.embed import embed_images
@@ -51,9 +48,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            report = measure(args, Path(folder))
-        print(json.dumps(report))
+        print_report(lambda folder: measure(args, folder))
         return 0
     print(machine())
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()

@@ -9,10 +9,7 @@ stage adds to the process; the page cache with the decoded images is not in it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ import torch
 
 from benchmarks.captions import write_captions
 from benchmarks.photos import write_dataset
-from benchmarks.timing import PeakMemory, machine, one_process_each
+from benchmarks.timing import PeakMemory, machine, one_process_each, print_report
 from src.data.captions import read_annotations
 from src.data.dataset import Batch, Flickr30kDataset
 from src.data.pixel_store import PixelStore, store_size
@@ -56,9 +53,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            report = measure(args, Path(folder))
-        print(json.dumps(report))
+        print_report(lambda folder: measure(args, folder))
         return 0
     print(machine())
     growth(args)

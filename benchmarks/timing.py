@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 def seconds(function: Callable[[], object], repeats: int = 5) -> list[float]:
@@ -87,6 +90,13 @@ def one_process_each(
                                   stdout=subprocess.PIPE, text=True, check=True)
             reports[name].append(json.loads(done.stdout.splitlines()[-1]))
     return reports
+
+
+def print_report(measure: Callable[[Path], dict]) -> None:
+    """Call `measure` with a temporary folder, and print its result as the last line, in JSON."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        report = measure(Path(folder))
+    print(json.dumps(report))
 
 
 class PeakMemory:

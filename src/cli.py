@@ -37,6 +37,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
 
 
+class SearchParser(Parser):
+    """A Parser whose texts may also follow flags, and that refuses a repeated flag.
+
+    Flags with the action "extend" may be repeated.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description)
+        self.seen: set[str] = set()
+        self.register("action", None, _StoreOnce)
+
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line."""
+        self.seen.clear()
+        return self.parse_intermixed_args(args, namespace)
+
+
+class _StoreOnce(argparse._StoreAction):
+    """Store a value; a second value of the same flag is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and self.dest in parser.seen:
+            parser.error(f"{option_string} is given twice")
+        parser.seen.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --demo and --results-dir, which every script has."""
     group = parser.add_argument_group("paths")

@@ -12,14 +12,17 @@ import torch
 import search
 import train
 from benchmarks import naive, pretrained
+from benchmarks import train as train_benchmark
 from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
+from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
 from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
+from src.training import engine
 
 SIZE = 32
 
@@ -76,6 +79,27 @@ def test_naive_training_lowers_the_loss(tmp_path: Path) -> None:
     first, second = naive.train(model, loader, naive.naive_loss, lr=1e-3,
                                 device=torch.device("cpu"), mixed_precision=False)
     assert second < first
+
+
+def test_our_epoch_takes_the_images_in_order(
+    models: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the first step is that of the first images with their first captions."""
+    monkeypatch.setattr(engine, "sample_batches", engine.sample_batches)  # which `ours` replaces
+    source = write_dataset(tmp_path, 9)
+    records = source.splits["train"]
+    captions = [caption for record in records for caption in record.captions]
+    tokenizer = Tokenizer.from_captions(captions, 4, 8)
+    store = PixelStore.build(tmp_path / "store", source.images, [r.name for r in records], SIZE)
+    dataset = Flickr30kDataset(records, store, tokenizer)
+    model, _ = models
+    with torch.no_grad():
+        embeddings = model.train()(eval_transform(dataset.pixels(np.arange(4)), SIZE),
+                                   dataset.tokens[:20:5])
+        expected = contrastive_loss(*embeddings, torch.arange(4), model.logit_scale).item()
+    report = train_benchmark.ours(model, dataset, 2, 4)
+    assert len(report["losses"]) == 2 and report["losses"][0] == pytest.approx(expected, rel=1e-4)
+    assert 0 <= report["wait_share"] <= 1
 
 
 def test_pretrained_model_and_card(

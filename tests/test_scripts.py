@@ -395,26 +395,31 @@ def use_old_names(path: Path) -> None:
     for names in (content["config"], content["args"]):
         names["mirror_mean"] = names.pop("flip_tta")
     content["args"]["recipe"] = "seed"
+    if average := content.get("average_state"):  # as torch's AveragedModel names it
+        content["average_state"] = {
+            "n_averaged": torch.tensor(1),
+            **{f"module.{name}": value for name, value in average.items()}}
     if progress := content.get("progress"):
         progress["loss_sum"] = progress.pop("losses").sum()
         progress["waited"] = progress.pop("wait_seconds")
     torch.save(content, path)
 
 
-@pytest.mark.parametrize("after", [4, 9])
-def test_a_run_with_old_names_resumes(run, straight, monkeypatch, after):
+@pytest.mark.parametrize("after, flags", [(4, ()), (9, ("--ema-decay", "0.5"))], ids=str)
+def test_a_run_with_old_names_resumes(run, straight, monkeypatch, after, flags):
     """A run that an earlier version left within an epoch resumes to the same bits and losses."""
+    whole = run("new names", *flags, epochs=2) if flags else straight
     results = f"old names {after}"
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         interrupt(patch, after, power_cut)
-        run(results, "--save-every", "0", epochs=2)
+        run(results, "--save-every", "0", *flags, epochs=2)
     use_old_names(run.folder / results / LAST)
     resumed = run.resume(results)
     for name in (BEST, LAST):
-        one, other = load(resumed / name), load(straight / name)
-        for part in ("model_state", "optimizer_state", "config"):
+        one, other = load(resumed / name), load(whole / name)
+        for part in ("model_state", "optimizer_state", "average_state", "config"):
             assert differences(one.get(part), other.get(part), part) == []
-    for one, other in zip(read_log(resumed), read_log(straight), strict=True):
+    for one, other in zip(read_log(resumed), read_log(whole), strict=True):
         assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-6)
         assert one == other
     arguments = json.loads((resumed / "args.json").read_text())
@@ -609,6 +614,18 @@ def test_the_best_checkpoint_has_the_moving_average(run, monkeypatch):
             interrupt(patch, after, power_cut)
             run(f"average cut {after}", *flags, "--save-every", "0", epochs=2)
         assert_same_run(run.resume(f"average cut {after}"), results)
+
+
+def test_without_validation_the_last_epoch_is_kept(run, capsys):
+    """--val-fraction 0 trains on all images; there are no metrics to choose an epoch by."""
+    results = run("no validation", "--val-fraction", "0", epochs=2)
+    assert "train: 12 images" in capsys.readouterr().out
+    best, last = load(results / BEST), load(results / LAST)
+    assert (best["epoch"], best["metrics"]) == (2, {})
+    assert differences(best["model_state"], last["model_state"]) == []
+    assert [line["metrics"] for line in read_log(results)] == [{}, {}]
+    assert load_image(results / "curves.png").width > 400
+    assert not (results / "examples.png").exists()
 
 
 def test_max_images(run, stubs, capsys):

@@ -57,3 +57,20 @@ def make_dataset(counts: list[int]) -> Flickr30kDataset:
     captions = [caption for record in records for caption in record.captions]
     return Flickr30kDataset(records, PixelStore(pixels, rows, {}),
                             Tokenizer.from_captions(captions, 1, 4))
+
+
+def make_metrics(epoch: int, **changes: float) -> dict:
+    """Return the retrieval metrics of an epoch, each of a different value."""
+    line = {"rsum": 123.4}
+    for i, direction in enumerate(("image_to_text", "text_to_image")):
+        for k in (1, 5, 10):
+            line[f"{direction}_R@{k}"] = k + 20.0 * i + epoch
+        line[f"{direction}_median_rank"] = 30.5 + i
+        line[f"{direction}_mean_rank"] = 60.25 + i
+    return {**line, **changes}
+
+
+def log_line(epoch: int, **changes: float) -> dict:
+    """Return an epoch of a run's log."""
+    return {"epoch": epoch, "loss": 4.0 / epoch, "metrics": make_metrics(epoch),
+            "time": {"seconds": 12.3, "validation_seconds": 0.4, "wait_share": 0.0123}, **changes}

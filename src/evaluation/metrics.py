@@ -7,8 +7,6 @@ captions is among the K most similar captions. Ties count against the model, and
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from functools import lru_cache
 
 import torch
@@ -131,15 +129,19 @@ def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
         is_best: whether its rsum is the highest so far.
         epochs: of the whole run, to estimate the time that is left.
     """
-    metrics = defaultdict(lambda: math.nan, line["metrics"])
-    seconds = line["time"]["seconds"] + line["time"]["validation_seconds"]
+    metrics, seconds = line["metrics"], line["time"]["seconds"] + line["time"]["validation_seconds"]
+
+    def cell(name: str, width: int) -> str:
+        # A run without validation has no metrics.
+        return f"{metrics[name]:{width}.1f}" if metrics else f"{'-':>{width}}"
+
     text_to_image, image_to_text = (
-        "".join(f"{metrics[f'{direction}_R@{k}']:6.1f}" for k in RECALL_AT)
+        "".join(cell(f"{direction}_R@{k}", 6) for k in RECALL_AT)
         for direction in ("text_to_image", "image_to_text"))
     left = format_seconds((epochs - line["epoch"]) * seconds) if line["epoch"] < epochs else ""
+    best = "*" if is_best and metrics else " "
     return (f"{line['epoch']:5}{line['loss']:8.3f} {text_to_image}    {image_to_text} "
-            f"{metrics['rsum']:8.1f}{'*' if is_best else ' '}{format_seconds(seconds):>8}{left:>8}"
-            ).rstrip()
+            f"{cell('rsum', 8)}{best}{format_seconds(seconds):>8}{left:>8}").rstrip()
 
 
 def format_seconds(seconds: float) -> str:

@@ -116,6 +116,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def content_digest(path: Path) -> str:
+    """Return a BLAKE2b digest of a file's content as 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def fingerprint(path: Path) -> str:
     """Return the SHA-256 of a file's content in hex.
 

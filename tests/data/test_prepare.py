@@ -16,6 +16,7 @@ import pytest
 import evaluate
 import main as main_script
 import train
+from src.data.captions import Annotations, DataIssue
 from src.data.dataset import Flickr30kDataset
 from src.data.images import load_resized
 from src.data.pixel_store import PixelStore
@@ -362,3 +363,43 @@ def test_run_script_exits(status: int) -> None:
     with pytest.raises(SystemExit) as raised:
         run_script(lambda: status)
     assert raised.value.code == status
+
+
+def source_with_issues() -> DataSource:
+    """Return a source with an issue of each kind."""
+    fixed = [DataIssue("line 4", "a.jpg", "the second | was missing", "a.jpg| 4   A dog")]
+    rejected = [DataIssue("line 7", "b.jpg", "empty caption"),
+                DataIssue("line 9", "", "not a row", 'quote " comma , caf\udce9 狗\nline')]
+    read = Annotations("results.csv", [], 1234, fixed, rejected)
+    missing = [DataIssue("images", "gone.jpg", "no such image")]
+    return DataSource(Path("images"), read, {}, missing, [])
+
+
+def test_rejected_csv_has_a_row_per_issue(tmp_path):
+    """The CSV file reads back to the issues, and the summary counts each kind."""
+    store = PixelStore(np.zeros((0, 2, 2, 3), np.uint8), {}, {"bad.jpg": "truncated"})
+    path = tmp_path / "rejected.csv"
+    summary = write_rejected(path, source_with_issues(), store)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["kind", "where", "name", "reason", "text"],
+        ["caption rows fixed", "line 4", "a.jpg", "the second | was missing",
+         "a.jpg| 4   A dog"],
+        ["caption rows rejected", "line 7", "b.jpg", "empty caption", ""],
+        ["caption rows rejected", "line 9", "", "not a row",
+         'quote " comma , caf\\udce9 狗\nline'],
+        ["images missing", "images", "gone.jpg", "no such image", ""],
+        ["images unreadable", "images", "bad.jpg", "truncated", ""],
+    ]
+    for part in ("1,234 captions", "1 caption rows fixed", "2 caption rows rejected",
+                 "1 images missing", "1 images unreadable", str(path)):
+        assert part in summary
+
+
+def test_input_without_issues_is_reported_so(tmp_path):
+    """Without issues the CSV file has only its header, and the summary counts the captions."""
+    source = DataSource(Path("images"), Annotations("results.csv", [], 5), {}, [], [])
+    summary = write_rejected(tmp_path / "rejected.csv", source)
+    assert summary == "input: 5 captions; nothing rejected"
+    assert (tmp_path / "rejected.csv").read_text().splitlines() == ["kind,where,name,reason,text"]

@@ -11,7 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.evaluation.metrics import retrieval_metrics, retrieval_ranks, summarize_ranks
+from src.evaluation.metrics import (
+    EPOCH_HEADER,
+    format_epoch,
+    format_seconds,
+    format_table,
+    retrieval_metrics,
+    retrieval_ranks,
+    summarize_ranks,
+)
+from tests.tiny_data import log_line, make_metrics
 
 
 def similarity_table(images: torch.Tensor, texts: torch.Tensor) -> list[list[float]]:
@@ -164,3 +173,42 @@ def test_median_between_two_ranks():
     assert metrics["image_to_text_median_rank"] == 3.5
     assert metrics["image_to_text_mean_rank"] == 24.5
     assert metrics["text_to_image_median_rank"] == 3
+
+
+@pytest.mark.parametrize(("is_best", "epochs"), [(False, 2), (True, 9), (True, 10_000)])
+def test_an_epoch_is_one_row_of_a_table(is_best, epochs):
+    """The row has the recalls of both directions in the columns of the header, a mark for the best
+    epoch, and an estimate of the remaining time; it fits 80 columns."""
+    row = format_epoch(log_line(2), is_best, epochs)
+    assert row.split()[:8] == ["2", "2.000", "23.0", "27.0", "32.0", "3.0", "7.0", "12.0"]
+    assert row.split()[8] == "123.4" + "*" * is_best
+    assert len(row) <= 80 and max(map(len, EPOCH_HEADER.splitlines())) <= 80
+    seconds = log_line(2)["time"]["seconds"] + log_line(2)["time"]["validation_seconds"]
+    times = [format_seconds(seconds)] + [format_seconds((epochs - 2) * seconds)] * (epochs > 2)
+    assert " ".join(row.split()[9:]) == " ".join(times)
+    for name, value in (("loss", "2.000"), ("rsum", "123.4"), ("R@10", "32.0")):
+        end = EPOCH_HEADER.splitlines()[1].index(name) + len(name)
+        assert row[:end].endswith(value)
+
+
+def test_an_epoch_without_validation() -> None:
+    """The columns of the metrics are empty, and the row is as wide as others."""
+    row = format_epoch({**log_line(2), "metrics": {}}, True, 2)
+    assert row.split() == ["2", "2.000", *"-------", "13", "s"]
+    assert len(row) == len(format_epoch(log_line(2), True, 2))
+
+
+def test_times_have_a_unit():
+    """A time is in seconds, minutes or hours, by its size."""
+    assert [format_seconds(s) for s in (0, 89, 90, 5399, 5400, 360_000)] == [
+        "0 s", "89 s", "2 min", "90 min", "1.5 h", "100.0 h"]
+
+
+def test_table_has_every_metric():
+    """The recalls and ranks of both directions are aligned below their headings, then the rsum."""
+    lines = format_table(make_metrics(1)).splitlines()
+    assert lines[0].split() == ["R@1", "R@5", "R@10", "median", "rank", "mean", "rank"]
+    assert lines[1].split() == ["image", "to", "text", "2.0", "6.0", "11.0", "30.5", "60.2"]
+    assert lines[2].split() == ["text", "to", "image", "22.0", "26.0", "31.0", "31.5", "61.2"]
+    assert lines[3] == "rsum 123.4"
+    assert len({len(line) for line in lines[:3]}) == 1

@@ -355,7 +355,7 @@ def served(album: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     with subprocess.Popen([sys.executable, "-c", code, album], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            yield process, int(re.search(r"127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
+            yield process, int(re.search(r"127\.0\.0\.1:(\d+)/", process.stderr.readline())[1])
         finally:
             process.kill()
 
@@ -410,7 +410,7 @@ def test_the_server_serves_only_the_folder(
         for name in ("link.txt", "up", "circle", "t/hidden"):
             (album / name).unlink()
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0 and process.stderr.read() == ""
+    assert process.wait(10) == 0 and process.stderr.read() == "\n"
 
 
 def test_the_server_reports_errors(album: Path, tmp_path: Path) -> None:

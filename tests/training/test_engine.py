@@ -200,6 +200,28 @@ def test_an_interrupted_epoch_continues_bit_by_bit(colors, left_after):
             if not torch.equal(value, other.state_dict()[name])] == []
 
 
+@pytest.mark.parametrize("stop_at", [1, 3, 99])
+def test_after_step_sees_each_step_and_can_stop(colors, stop_at):
+    """One call trains: after_step is called after each update of the weights, and True stops."""
+    model = make_model()
+    optimizer = build_optimizer(model, 1e-3, 0.0)
+    scheduler = build_schedule(optimizer, 0, 9, "constant")
+    weights = [model.text_projection.linear.weight.detach().clone()]
+    steps = []
+
+    def after_step(progress: Progress) -> bool:
+        steps.append(progress.step)
+        weights.append(model.text_projection.linear.weight.detach().clone())
+        return progress.step == stop_at
+
+    progress = train_one_epoch(
+        model, colors, optimizer, scheduler, grad_scaler(torch.device("cpu")), batch_size=2,
+        captions_per_image=1, flip=True, seed=0, epoch=1, after_step=after_step)
+    assert steps == list(range(1, min(stop_at, 4) + 1))  # 8 captions in batches of 2
+    assert progress.step == scheduler.last_epoch == len(steps)
+    assert not any(torch.equal(*pair) for pair in zip(weights, weights[1:], strict=False))
+
+
 # The gradient in chunks
 
 
