@@ -181,8 +181,10 @@ def load_data(
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
         if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
+            cure = ("change the split of the caption files" if source.annotations.has_split
+                    else "split them otherwise with --val-fraction")
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
-                            "2: add images, or split them otherwise with --val-fraction")
+                            f"2: add images, or {cure}")
     train_set, val_set = datasets
     return train_set, val_set, tokenizer
 
