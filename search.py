@@ -1,6 +1,7 @@
 """Find the photos that fit a text best, or that look like a photo.
 
     python search.py "two dogs running on the beach"
+    python search.py "a red car" --images ~/Pictures --pretrained      # without any training
     python search.py "beach -people"                    # a minus sign subtracts a word
     python search.py "a red car" --images ~/Pictures /mnt/photos --top 20 --explain
     python search.py --image photo.jpg                  # similar photos, and captions that fit it
@@ -131,13 +132,13 @@ def make_parser() -> argparse.ArgumentParser:
                         help="skip files and folders, such as '*.gif' or raw")
     photos.add_argument("--follow-links", action="store_true",
                         help="search linked folders and files outside the folder, too")
-    photos.add_argument("--annotations", type=Path, metavar="FILE",
-                        help="captions of the photos, shown with them (default: the training "
-                        "run's)")
+    photos.add_argument("--annotations", type=Path, action="append", metavar="FILE",
+                        help="captions of the photos, shown if known; may be repeated (default: "
+                        "those of the training run)")
+    cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
                         help="holds images/ and annotations/annotations.csv")
-    photos.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    cli.add_checkpoint_arguments(photos)
     photos.add_argument("--device", default="auto", help="(default: %(default)s)")
     index = parser.add_argument_group("index")
     index.add_argument("--index-dir", type=Path, metavar="DIR",
@@ -239,11 +240,15 @@ def choose_index(index_dir: Path | None, indexes: Path, folder: Path, n_folders:
 
 def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
     """Return the captions of each image; an empty dict without a caption file."""
-    if not data.annotations.exists():
+    paths = [path for path in data.annotations if path.exists()]
+    if not paths:
         return {}
     from src.data.captions import read_annotations
+    from src.data.source import find_images
 
-    return {record.name: record.captions for record in read_annotations(data.annotations).records}
+    read = read_annotations(paths, **data.columns,
+                            find_images=functools.partial(find_images, data.images))
+    return {record.name: record.captions for record in read.records}
 
 
 def write_line(text: str) -> None:
@@ -295,7 +300,6 @@ def write_page(
         folder,
         words=table.words,
         word_embeddings=table.vectors,
-        context_length=table.context_length,
         names=library.names,
         image_embeddings=library.index.embeddings,
         captions=[list(captions.get(name, ())) for name in library.names],

@@ -31,11 +31,11 @@ from src.data.prepare import prepare_datasets
 from src.data.source import scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import plot_examples
-from src.evaluation.metrics import format_epoch
+from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.training.engine import train_one_epoch
+from src.training.engine import check_batch_size, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.init_distributed()
     try:
         device = runtime.pick_device(args.device)
-        if args.deterministic:
-            runtime.enable_determinism()
+        runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0
         if is_main:
             cli.prepare_results(results.folder)
@@ -80,17 +79,16 @@ def train(
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- data ----------------------------------------------------------------------------------
     train_set, val_set, tokenizer = load_data(args, data, results)
-    distributed.check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, device)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
+    check_batch_size(
+        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
+        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
 
     # --- model ---------------------------------------------------------------------------------
     model = resumed.model if resumed else build_model(args, tokenizer)
-    model = distributed.convert_sync_batchnorm(model.to(device))
-    tuned_steps = (args.epochs - frozen_epochs) * steps_per_epoch
-    if args.compile or (args.compile is None and runtime.should_compile(
-            device, tuned_steps, args.freeze_batchnorm)):
+    model.to(device)
+    if args.compile:
         model.image_encoder.compile_training()
     print(f"model: {model.summary()}, on {device}")
 
@@ -114,9 +112,10 @@ def train(
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
             features = [
                 split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                for split in (train_set, val_set)]
+                if len(split) else split for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(train_set, device), val_set]
+            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+        print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
@@ -128,9 +127,9 @@ def train(
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             start = time.perf_counter()
-            metrics = evaluate_retrieval(run.eval_model, val_input)
+            metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
-            print(format_epoch(run.log[-1], is_best))
+            print(format_epoch(run.log[-1], is_best, args.epochs))
     return 0, val_set
 
 
@@ -169,8 +168,9 @@ def load_data(
     Raises:
         UserError: a split has fewer than two images, or see `scan_dataset`, `prepare_datasets`.
     """
-    source = scan_dataset(
-        data.images, data.annotations, args.val_fraction, args.seed, args.max_images)
+    source = scan_dataset(**cli.scan_arguments(args))
+    if args.val_fraction != 0 and (reason := source.explain_no_validation()):
+        raise UserError(reason)
     splits = [source.splits["train"], source.splits["val"]]
     # Only from training captions: a vocabulary of all captions would leak the validation words.
     captions = [caption for record in splits[0] for caption in record.captions]
@@ -180,7 +180,7 @@ def load_data(
         rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if len(dataset.records) < 2:
+        if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
                             "2: add images, or split them otherwise with --val-fraction")
     train_set, val_set = datasets
@@ -229,8 +229,11 @@ def report_stop(
 def report_best(
     results: ResultPaths, val_set: Flickr30kDataset, device: torch.device
 ) -> None:
-    """Print the best epoch, and draw some of its answers."""
+    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
     model, _, best = load_checkpoint(results.best)
+    if not len(val_set):
+        print(f"last epoch {best['epoch']}, without validation: {results.best}")
+        return
     plot_examples(results.folder / "examples.png", model.to(device), val_set)
     print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
     print("captions with their top five images, the correct one framed: "

@@ -12,40 +12,35 @@ is not. `ours, in place` is our step on one batch that is already on the device.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import plain
-from benchmarks.photos import write_data_set
-from benchmarks.timing import installed, machine, one_process_each, ratio, spread
+from benchmarks import naive
+from benchmarks.photos import write_dataset
+from benchmarks.timing import installed, machine, one_process_each, print_report, ratio, spread
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device
 from src.data.pixel_store import PixelStore
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.training.engine import forward_backward, train_one_epoch
+from src.training import engine
 from src.training.optim import build_optimizer, build_schedule
 from src.utils.runtime import compute_dtype, grad_scaler, pick_device, seed_all, tune_malloc
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
-CONTENDERS = {"plain": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
+CONTENDERS = {"naive": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
               "ours": [], "ours, in place": [], "ours, eager": []}
 Pairs = list[tuple[Path, str]]
 
 
 def main() -> int:
-    """Print the table; or, with --one, measure one contender and report it in JSON."""
+    """Print the tables; with --one, measure one contender and print a report in JSON."""
     args = parse_args()
     if args.one:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            report = measure(args, Path(folder))
-        print(json.dumps(report))
+        print_report(lambda folder: measure(args, folder))
         return 0
     print(machine())
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -92,8 +87,8 @@ def table(args: argparse.Namespace, device: str) -> None:
             print(f"  {name:15} not measured: {', '.join(lacking[name])} is missing")
             continue
         speed = count / sorted(seconds[name])[len(seconds[name]) // 2]
-        against = f"   plain / this {ratio(seconds['plain'], seconds[name])}" \
-            if "plain" in seconds else ""
+        against = f"   naive / this {ratio(seconds['naive'], seconds[name])}" \
+            if "naive" in seconds else ""
         waited, warm_up = (reports[name][0].get(key) for key in ("wait_share", "warm_up"))
         print(f"  {name:15} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s{against}"
               + (f"   waited for data {waited:.1%}" if waited is not None else "")
@@ -108,12 +103,12 @@ def table(args: argparse.Namespace, device: str) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds and losses of one contender's epoch, after a step of warming up."""
+    """Return the seconds and losses of an epoch of one contender, after a step to warm up."""
     if args.one.startswith("ours"):
         tune_malloc()  # as train.py does
     device = pick_device(args.device)
     count = args.steps * args.batch_size
-    source = write_data_set(folder, count + 1, args.photos)  # one validates
+    source = write_dataset(folder, count + 1, args.photos)  # one validates
     records = source.splits["train"]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     seed_all(0, "weights")
@@ -131,32 +126,27 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def ours(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: int) -> dict:
-    """The loop of train.py, on the photos in their order with the first caption of each."""
+    """Run the loop of train.py on the images in order, with the first caption of each."""
     first = [(i, dataset.first_caption[i : i + 1].numpy()) for i in range(steps * batch_size)]
     batches = [first[i : i + batch_size] for i in range(0, len(first), batch_size)]
-    dataset.epoch = lambda *_: batches
+    engine.sample_batches = lambda *_: batches  # the batches of the other contenders
     optimizer = build_optimizer(model, LR, weight_decay=0.01)
     scheduler = build_schedule(optimizer, 0, steps, "constant")
     device = model.logit_scale.device
     dtype = compute_dtype(device)
     scaler = grad_scaler(device, dtype)
     first_step = warm_up(model, dataset, batches[0])
-    sums, progress = [], None
     start = time.perf_counter()
-    for progress in train_one_epoch(
+    progress = engine.train_one_epoch(
         model, dataset, optimizer, scheduler, scaler, batch_size=batch_size, captions_per_image=1,
-        flip=False, seed=0, epoch=1, dtype=dtype,
-    ):
-        sums.append(progress.loss_sum.clone())
-    total = torch.stack(sums).cpu()  # waits for the device
-    seconds = time.perf_counter() - start
-    losses = total.diff(prepend=torch.zeros(1)).tolist()
-    return {"seconds": seconds, "losses": losses, "warm_up": first_step,
-            "wait_share": progress.waited / progress.seconds}
+        flip=False, seed=0, epoch=1, dtype=dtype)
+    losses = progress.losses.tolist()  # waits for the device
+    return {"seconds": time.perf_counter() - start, "losses": losses, "warm_up": first_step,
+            "wait_share": progress.wait_seconds / progress.seconds}
 
 
 def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_size: int) -> dict:
-    """Our step, again and again on one batch: what is left of an epoch without its input."""
+    """Repeat our training step on one batch: an epoch without the time of its input."""
     items = [(i, dataset.first_caption[i : i + 1].numpy()) for i in range(batch_size)]
     optimizer = build_optimizer(model, LR, weight_decay=0.01)
     device = model.logit_scale.device
@@ -166,7 +156,8 @@ def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_si
     batch = dataset.batch(items).to(device)
     start = time.perf_counter()
     for step in range(steps):
-        loss = forward_backward(model, scaler, batch, flip=False, key=(0, 1, step), dtype=dtype)
+        loss = engine.forward_backward(model, scaler, batch, flip=False, key=(0, 1, step),
+                                       dtype=dtype)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -176,12 +167,12 @@ def in_place(model: DualEncoder, dataset: Flickr30kDataset, steps: int, batch_si
 
 
 def warm_up(model: DualEncoder, dataset: Flickr30kDataset, items: list) -> float:
-    """Throw away a step's gradients, take back its statistics; the seconds, with any compiling."""
+    """Run a step without changing the model; return its seconds, which include compiling."""
     start = time.perf_counter()
     device = model.logit_scale.device
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    forward_backward(model.train(), grad_scaler(device), dataset.batch(items).to(device), flip=False,
-             key=(0,), dtype=compute_dtype(device))
+    engine.forward_backward(model.train(), grad_scaler(device), dataset.batch(items).to(device),
+                            flip=False, key=(0,), dtype=compute_dtype(device))
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
     if device.type == "cuda":
@@ -193,34 +184,34 @@ def theirs(
     name: str, model: DualEncoder, pairs: Pairs, tokenizer: Tokenizer, batch_size: int,
     device: torch.device,
 ) -> dict:
-    """The other scripts, from the same weights where the network is the same."""
-    kinds = {"plain": (plain.PlainModel, plain.plain_loader),
-             "timm": (plain.TimmModel, plain.timm_loader),
-             "open_clip": (plain.TimmModel, plain.open_clip_loader)}
+    """Run another script, from the same weights if it has the same network."""
+    kinds = {"naive": (naive.NaiveModel, naive.naive_loader),
+             "timm": (naive.TimmModel, naive.timm_loader),
+             "open_clip": (naive.TimmModel, naive.open_clip_loader)}
     make_model, make_loader = kinds[name]
     size = model.config.image_size
     other = make_model(len(tokenizer), size, dropout=0.0, drop_connect=0.0)
-    loss_function = plain.plain_loss
+    loss_function = naive.naive_loss
     if name == "open_clip":
         from open_clip.loss import ClipLoss
 
         loss_function = ClipLoss()
-    if name == "plain":
+    if name == "naive":
         other.load_state_dict(model.state_dict())
     else:
-        # timm names its tensors otherwise; the rest is the same.
+        # timm's network has other names; the other parts are the same.
         other.load_state_dict({key: value for key, value in model.state_dict().items()
                                if not key.startswith("image_encoder.")}, strict=False)
     other.to(device)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    flags = dict(lr=LR, device=device, mixed_precision=name != "plain")
-    # One step to warm up, of which nothing stays.
-    plain.train(other, make_loader(pairs[:batch_size], tokenizer.encode, size, batch_size),
+    flags = dict(lr=LR, device=device, mixed_precision=name != "naive")
+    # One step to warm up; then the weights are restored.
+    naive.train(other, make_loader(pairs[:batch_size], tokenizer.encode, size, batch_size),
                 loss_function, **flags)
     other.load_state_dict(before)
     loader = make_loader(pairs, tokenizer.encode, size, batch_size)
     start = time.perf_counter()
-    losses = plain.train(other, loader, loss_function, **flags)
+    losses = naive.train(other, loader, loss_function, **flags)
     return {"seconds": time.perf_counter() - start, "losses": losses}
 
 

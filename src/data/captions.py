@@ -1,47 +1,32 @@
-"""Any caption file of Flickr30k -> image records with captions and a split.
+"""Captions of a dataset: one record per image, and everything that was fixed or rejected.
 
-Nothing is lost silently: every row of the file ends up in a record or in the list of rejected rows,
-and rows that had to be fixed are listed too. The format is told from the content, never from the
-file's name.
+Each row of a caption file ends as a caption of a record or as a rejected row with its reason.
+src/data/caption_files.py reads the layouts of the files.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+import pandas as pd
+
+from src.data.caption_files import IMAGE_SUFFIX, read_table, split_of, split_of_file
 from src.utils.errors import UserError
 
-FORMATS = {
-    "results.csv": "image_name| comment_number| comment   (Kaggle's Flickr30k)",
-    ".token": "image.jpg#0<tab>caption   (the original Flickr8k and Flickr30k)",
-    "captions.txt": "image,caption   (Kaggle's Flickr8k)",
-    "flickr_annotations_30k.csv": "raw,sentids,split,filename,img_id   (Hugging Face)",
-    "dataset_flickr30k.json": '{"images": [{"filename", "split", "sentences"}]}   (Karpathy)',
-}
-# Karpathy's "restval" photos belong to nobody's test: everyone trains on them.
-SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val",
-          "validation": "val", "test": "test"}
-PIPE_ROW = re.compile(r"([^|]*)\|\s*(\d+)\s*\|(.*)", re.DOTALL)
-PIPE_ROW_WITHOUT_SECOND_PIPE = re.compile(r"([^|]*)\|\s*(\d+)\s([^|]*)", re.DOTALL)
-PIPE_HEADER = re.compile(r"\s*image_name\s*\|\s*comment_number\s*\|\s*comment\s*")
-TOKEN_ROW = re.compile(r"([^\t]*)#(\d+)\t(.*)", re.DOTALL)
-COMMA_ROW = re.compile(r'([^,|\t"]*\.\w+)\s*,(.*)', re.DOTALL)
-COMMA_HEADER = re.compile(r"\s*image(_name)?\s*,\s*caption\s*", re.IGNORECASE)
+# A caption number at the end of an image name: 1000092795.jpg#0, or 1000092795.jpg#zhb#0.
+CAPTION_NUMBER = re.compile(r"(.+?)(?:#[A-Za-z]\w*)?#\d+")
 SURROGATES = re.compile("[\ud800-\udfff]")
-csv.field_size_limit(2**31 - 1)  # five captions of 10,000 words are longer than its 131,072
+NOT_A_CAPTION = re.compile(rf"\S*{IMAGE_SUFFIX}|[\d.,:\s-]+", re.IGNORECASE)
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One photo: its name below the image folder, its captions, its split ('' = none given)."""
+    """One image: its path below the image folder, its captions, its split ('' where none is given).
+    """
 
     name: str
     captions: tuple[str, ...]
@@ -50,7 +35,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class DataIssue:
-    """A row, photo or file that was fixed or rejected, and why."""
+    """A row, image or file that was fixed or rejected, and why."""
 
     where: str
     name: str
@@ -60,10 +45,18 @@ class DataIssue:
 
 @dataclass
 class Annotations:
-    """What a caption file held. `rows` counts captions: rows == captions in records + rejected.
+    """The captions of one or several files.
 
-    Recovered and repeated captions are in the records. A photo that says the same twice keeps both:
-    two people may have written it, and published recall counts every caption.
+    Attributes:
+        format: layout and columns of the files, for users.
+        records: one for each image, in the order of the files.
+        rows: number of captions in the files: those of all records, and the rejected ones.
+        fixed: captions of records that had to be repaired.
+        rejected: rows that are not in a record.
+        repeated: captions that their image has already. They are kept, as two people may have
+            written them, and published recall counts every caption.
+        renamed: images that were found by another name than that of the caption file.
+        warnings: what is likely a mistake of the whole file.
     """
 
     format: str
@@ -72,261 +65,139 @@ class Annotations:
     fixed: list[DataIssue] = field(default_factory=list)
     rejected: list[DataIssue] = field(default_factory=list)
     repeated: list[DataIssue] = field(default_factory=list)
+    renamed: list[DataIssue] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def has_split(self) -> bool:
-        """Whether the file itself says which photos are for training."""
+        """Whether the files say which images are for training."""
         return any(record.split for record in self.records)
 
 
-def read_annotations(path: Path) -> Annotations:
-    """Read a caption file in any known format; LF or CRLF, BOM or not; quotes are text.
+def read_annotations(
+    paths: Path | Sequence[Path], image_column: str | None = None,
+    caption_columns: Sequence[str] = (), split_column: str | None = None,
+    find_images: Callable[[list[str]], dict[str, str]] | None = None,
+) -> Annotations:
+    """Read caption files of any known layout.
+
+    With several files, one without a column of splits takes its split from the file's name.
+
+    Args:
+        paths: one file or several.
+        image_column, caption_columns, split_column: see `read_table`; None or empty to find the
+            columns by their names.
+        find_images: from image names of the files to names below the image folder, for those where
+            they differ.
 
     Raises:
-        UserError: no such file, an empty one, or one in no known format.
+        UserError: a file does not exist, cannot be read, or is in no known layout.
     """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"there is no caption file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read the caption file {path}: {error.strerror}") from error
-    text = content.decode("utf-8-sig", errors="replace")
-    # Not str.splitlines later on: it would also cut at characters that stand inside captions.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise UserError(f"the caption file {path} is empty")
-    try:
-        layout, rows = read_rows(text)
-    except ValueError as error:
-        raise UserError(f"{path} {error}") from error
-    collector = _Collector()
-    for row in rows:
-        collector.add(row)
-    return collector.finish(layout)
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    tables, layouts = [], []
+    for path in map(Path, paths):
+        try:
+            table, layout = read_table(path, image_column, caption_columns, split_column)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no caption file {path}") from error
+        except OSError as error:
+            raise UserError(f"cannot read the caption file {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path} {error}") from error
+        table["image"] = table["image"].map(_clean_names(table["image"].unique()))
+        if len(paths) > 1:
+            table["where"] = f"{path.name} " + table["where"]
+            if not table["split"].any():
+                table["split"] = split_of_file(path)
+        tables.append(table)
+        layouts.append(layout)
+    has_split = [bool(table["split"].any()) for table in tables]
+    if any(has_split) and not all(has_split):
+        raise UserError(f"cannot tell the split of {paths[has_split.index(False)]}: the names of "
+                        "all caption files must contain train, val or test, or those of none")
+    table = pd.concat(tables, ignore_index=True)
+    found = find_images(table["image"].unique().tolist()) if find_images else {}
+    return _collect(table, "; ".join(dict.fromkeys(layouts)), found)
 
 
-class _Collector:
-    """Gathers captions by photo, in the file's order, and accounts for every row."""
-
-    def __init__(self) -> None:
-        self.captions: dict[str, list[str]] = {}
-        self.seen: dict[str, set[str]] = {}
-        self.splits: dict[str, str] = {}
-        self.rows = 0
-        self.fixed: list[DataIssue] = []
-        self.rejected: list[DataIssue] = []
-        self.repeated: list[DataIssue] = []
-
-    def add(self, row: Row) -> None:
-        """Put one row's caption with its photo's, or the row with the rejected ones."""
-        self.rows += 1
-        if row.error:
-            self.rejected.append(DataIssue(row.where, row.name, row.error, row.caption))
-            return
-        name, caption, fixed = row.name.strip(), row.caption.strip(), row.fixed
-        if "/" in name:  # ./a.jpg and a.jpg are one photo: as two it could train and validate
-            name = str(PurePosixPath(name))
-        clean = caption if caption.isprintable() else CONTROL_CHARACTERS.sub(" ", caption).strip()
-        if "\ufffd" in caption:
-            fixed = fixed or "bytes that are not UTF-8 replaced"
-        elif clean != caption:
-            fixed = fixed or "control characters removed"
-        reason = "" if name in self.captions else _bad_name(name)
-        if not reason and not clean:
-            reason = "empty caption"
-        if not reason and self.splits.setdefault(name, row.split) != row.split:
-            reason = f"photo is already in split {self.splits[name]!r}"
-        if reason:
-            self.rejected.append(DataIssue(row.where, name, reason, caption))
-            return
-        if fixed:
-            self.fixed.append(DataIssue(row.where, name, fixed, caption))
-        seen = self.seen.setdefault(name, set())
-        if clean in seen:
-            self.repeated.append(DataIssue(row.where, name, "the photo has this caption twice", clean))
-        seen.add(clean)
-        self.captions.setdefault(name, []).append(clean)
-
-    def finish(self, layout: str) -> Annotations:
-        """The records, and what the rows came to."""
-        records = [
-            ImageRecord(name, tuple(captions), self.splits[name])
-            for name, captions in self.captions.items()
-        ]
-        return Annotations(
-            layout, records, self.rows, self.fixed, self.rejected, self.repeated)
+def _clean_names(texts: Iterable[str]) -> dict[str, str]:
+    """Return the image name of each text in a column of image names."""
+    names = {text: SURROGATES.sub("\ufffd", text.strip()) for text in texts}
+    numbered = {text: match[1] for text, name in names.items()
+                if (match := CAPTION_NUMBER.fullmatch(name))}
+    if 2 * len(numbered) > len(names):
+        names |= numbered
+    # ./a.jpg and a.jpg are one image; as two it could be in training and validation.
+    return {text: str(PurePosixPath(name)) if "/" in name else name for text, name in names.items()}
 
 
-def _bad_name(name: str) -> str:
-    """Why `name` cannot be a photo below the image folder; '' if it can."""
+def _name_error(name: str) -> str:
+    """Return why `name` cannot be an image below the image folder; '' if it can."""
     if name in ("", "."):
-        return "no photo name"
+        return "no image name"
     if "\ufffd" in name:
-        return "photo name that is not UTF-8"
+        return "image name that is not UTF-8"
     if "\\" in name or CONTROL_CHARACTERS.search(name):
-        return "photo name with a backslash or a control character"
+        return "image name with a backslash or a control character"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
-        return "photo name that leads out of the image folder"
+        return "image name that leads out of the image folder"
     return ""
 
 
-class Row(NamedTuple):
-    """One caption as it stands in the file; with a `error` it is none."""
+def _collect(table: pd.DataFrame, layout: str, found: dict[str, str]) -> Annotations:
+    """Put each row of a table into a record or into the rejected rows.
 
-    where: str
-    name: str
-    caption: str
-    split: str = ""
-    fixed: str = ""
-    error: str = ""
-
-
-def read_rows(text: str) -> tuple[str, Iterator[Row]]:
-    """The format of `text`, a key of FORMATS, and its rows in order; lines end in LF.
-
-    Raises:
-        ValueError: not in a known format, or JSON of another form.
+    Args:
+        table: with the columns of CaptionRow.
+        layout: for users.
+        found: the images whose name on disk is another one, with that name.
     """
-    layout = _detect_format(text)
-    if layout == "dataset_flickr30k.json":
-        return layout, _karpathy_rows(_karpathy_photos(text))
-    if layout == "flickr_annotations_30k.csv":
-        return layout, _hugging_face_rows(text)
-    if layout:
-        return layout, _line_rows(text, layout)
-    known = "\n".join(f"  {layout}" for layout in FORMATS.values())
-    raise ValueError(f"is in no known caption format. These are known:\n{known}")
-
-
-def _detect_format(text: str) -> str:
-    """The key of FORMATS that `text` looks like, or '' for none."""
-    start = text.lstrip()
-    if start[0] in "{[":
-        return "dataset_flickr30k.json"
-    lines = [line for line in text[:100_000].split("\n") if line.strip()][:50]
-    header = {column.strip().strip('"') for column in lines[0].split(",")}
-    if {"raw", "filename"} <= header:
-        return "flickr_annotations_30k.csv"
-    patterns = {
-        "results.csv": (PIPE_HEADER, PIPE_ROW, PIPE_ROW_WITHOUT_SECOND_PIPE),
-        ".token": (TOKEN_ROW,),
-        "captions.txt": (COMMA_HEADER, COMMA_ROW),
-    }
-    votes = Counter(
-        layout
-        for line in lines
-        for layout, shapes in patterns.items()
-        if any(shape.fullmatch(line) for shape in shapes)
-    )
-    return votes.most_common(1)[0][0] if votes else ""
-
-
-def _line_rows(text: str, layout: str) -> Iterator[Row]:
-    """The three formats with one caption a line."""
-    header, row = {
-        "results.csv": (PIPE_HEADER, PIPE_ROW),
-        ".token": (None, TOKEN_ROW),
-        "captions.txt": (COMMA_HEADER, COMMA_ROW),
-    }[layout]
-    form = FORMATS[layout].split("   ")[0]
-    header_may_come = header is not None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    result = Annotations(layout, [], len(table))
+    errors = {name: "" if name in found else _name_error(name)
+              for name in table["image"].unique()}
+    splits = {text: split_of(text) for text in table["split"].unique()}
+    records: dict[str, tuple[list[str], str]] = {}  # name -> captions, split
+    seen: set[tuple[str, str]] = set()
+    for where, name, caption, split, fixed, error in table.itertuples(index=False, name=None):
+        caption = clean = caption.strip()
+        if not caption.isprintable():
+            clean = SURROGATES.sub("\ufffd", caption)
+            clean = CONTROL_CHARACTERS.sub(" ", clean).strip()
+        if "\ufffd" in clean:
+            fixed = fixed or "characters that are not UTF-8 replaced"
+        elif clean != caption:
+            fixed = fixed or "control characters removed"
+        error = error or errors[name]
+        if not error and not clean:
+            error = "empty caption"
+        if not error and splits[split] is None:
+            error = f"unknown split {split!r}"
+        captions, known_split = records.get(found.get(name, name), ([], splits[split]))
+        if not error and known_split != splits[split]:
+            error = f"image is already in split {known_split!r}"
+        if error:
+            result.rejected.append(DataIssue(where, name, error, caption))
             continue
-        if header_may_come and header.fullmatch(line):
-            header_may_come = False
-            continue
-        header_may_come = False
-        where = f"line {number}"
-        match = row.fullmatch(line)
-        if match:
-            caption = match[match.lastindex]
-            yield Row(where, match[1], _unquote(caption) if layout == "captions.txt" else caption)
-        elif layout == "results.csv" and (match := PIPE_ROW_WITHOUT_SECOND_PIPE.fullmatch(line)):
-            # Flickr30k's well-known broken row: `2199200615.jpg| 4   A dog runs across the grass .`
-            yield Row(where, match[1], match[3], fixed="the second | was missing")
-        else:
-            yield Row(where, "", line, error=f"not a row of the form {form}")
+        if fixed:
+            result.fixed.append(DataIssue(where, name, fixed, caption))
+        if not captions:
+            records[found.get(name, name)] = captions, known_split
+            if name in found:
+                result.renamed.append(DataIssue(where, name, f"found as {found[name]}"))
+        if (name, clean) in seen:
+            result.repeated.append(
+                DataIssue(where, name, "the image has this caption twice", clean))
+        seen.add((name, clean))
+        captions.append(clean)
+    result.records = [ImageRecord(name, tuple(captions), split)
+                      for name, (captions, split) in records.items()]
+    result.warnings = _warn_about_captions(result.records[:1000])
+    return result
 
 
-def _unquote(cell: str) -> str:
-    """A CSV cell's text. A row is one line here, so a stray quote cannot swallow its neighbours."""
-    cell = cell.strip()
-    if len(cell) >= 2 and cell[0] == cell[-1] == '"':
-        return cell[1:-1].replace('""', '"')
-    return cell
-
-
-def _hugging_face_rows(text: str) -> Iterator[Row]:
-    """CSV with one photo a row and its captions as a JSON list.
-
-    A row is one line, as JSON escapes line ends; so a stray quote spoils its own row alone. (pandas
-    drops rows with such quotes without telling.)
-    """
-    columns: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        cells = next(csv.reader([line.replace("\x00", " ")], skipinitialspace=True))
-        if not columns:
-            columns = [cell.strip() for cell in cells]
-            continue
-        if len(cells) > len(columns):
-            yield Row(where, "", line, error="more cells than the header")
-            continue
-        row = {"filename": "", "raw": "", "split": "", **dict(zip(columns, cells, strict=False))}
-        try:
-            captions = json.loads(row["raw"])
-        except (ValueError, RecursionError):
-            captions = None
-        yield from _photo_rows(where, row["filename"], captions, row["split"], row["raw"])
-
-
-def _karpathy_photos(text: str) -> list:
-    """The list of photos in Karpathy's JSON. Raises ValueError where there is none."""
-    try:
-        photos = json.loads(text)["images"]
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
-        raise ValueError(f'is not JSON of the form {{"images": [...]}}: {error}') from error
-    if not isinstance(photos, list):
-        raise ValueError('is not a caption file: its "images" is not a list')
-    return photos
-
-
-def _karpathy_rows(photos: list) -> Iterator[Row]:
-    """Karpathy's photos with their sentences and split."""
-    for number, photo in enumerate(photos, start=1):
-        where = f"image {number}"
-        if not isinstance(photo, dict) or not isinstance(photo.get("sentences"), list):
-            yield Row(where, "", str(photo)[:200], error="not an object with sentences")
-            continue
-        captions = [sentence.get("raw") if isinstance(sentence, dict) else None
-                    for sentence in photo["sentences"]]
-        folder, name = photo.get("filepath", ""), photo.get("filename", "")
-        if folder and isinstance(folder, str):
-            name = f"{folder}/{name}"  # COCO's photos lie in train2014/ and val2014/
-        yield from _photo_rows(where, name, captions, photo.get("split", ""), str(captions)[:200])
-
-
-def _photo_rows(
-    where: str, name: object, captions: object, split: object, text: str
-) -> Iterator[Row]:
-    """All captions of one photo, checking what JSON may hold instead of them."""
-    if isinstance(name, str):
-        # JSON's escapes can bring halves of surrogate pairs, which no file name and no screen takes
-        name = SURROGATES.sub("\ufffd", name)
-    if not isinstance(name, str) or not isinstance(captions, list) or not captions:
-        yield Row(where, str(name), text, error="not a photo name with a list of captions")
-        return
-    if split and (not isinstance(split, str) or split.strip() not in SPLITS):
-        for _ in captions:
-            yield Row(where, name, text, error=f"unknown split {split!r}")
-        return
-    split = SPLITS[split.strip()] if split else ""
-    for caption in captions:
-        if isinstance(caption, str):
-            yield Row(where, name, SURROGATES.sub("\ufffd", caption), split)
-        else:
-            yield Row(where, name, str(caption), error="a caption that is not text")
+def _warn_about_captions(records: list[ImageRecord]) -> list[str]:
+    """Return a warning where most captions are file names or numbers."""
+    captions = [caption for record in records for caption in record.captions]
+    odd = [caption for caption in captions if NOT_A_CAPTION.fullmatch(caption)]
+    return [f"most captions look like file names or numbers, such as {odd[0]!r}; "
+            "--caption-column chooses another column"] if 2 * len(odd) > len(captions) else []

@@ -12,6 +12,7 @@ import torch
 
 from src.data.captions import ImageRecord
 from src.data.pixel_store import PixelStore
+from src.utils.runtime import copy_to_device
 
 if TYPE_CHECKING:  # src/data does not depend on src/models
     from src.models.tokenizer import Tokenizer
@@ -43,13 +44,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to `device`; the host does not wait for a copy to a GPU."""
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()  # copies from pageable memory block the host
-            return tensor.to(device, non_blocking=True)
-
-        return replace(self, images=copied(self.images), tokens=copied(self.tokens),
-                       image_index=copied(self.image_index))
+        return replace(self, images=copy_to_device(self.images, device),
+                       tokens=copy_to_device(self.tokens, device),
+                       image_index=copy_to_device(self.image_index, device))
 
     def count_captions(self, images: range) -> int:
         """Return how many captions the given images of the whole batch have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,16 @@ from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore, store_size
 from src.data.source import DataSource
 from src.utils.distributed import rank
-from src.utils.errors import UserError
+from src.utils.errors import UserError, printable
 from src.utils.files import write_atomic
 
 if TYPE_CHECKING:  # src/data does not depend on src/models
     from src.models.tokenizer import Tokenizer
 
 # Kinds of issues whose captions are used all the same: --strict accepts them.
-HARMLESS = {"caption rows fixed", "captions repeated", "captions without a known word"}
+HARMLESS = {"caption rows fixed", "captions repeated", "captions without a known word",
+            "images found by another name", "images in no split file"}
+MAX_UNKNOWN, MAX_CUT = 0.2, 0.01  # shares of words and of captions without a warning
 
 
 def prepare_datasets(
@@ -28,7 +31,7 @@ def prepare_datasets(
 ) -> list[Flickr30kDataset]:
     """Return a dataset for each split; decode each image once, and report the issues.
 
-    Rank 0 prints a line of counts and writes the issues to a CSV file.
+    Rank 0 prints a line of counts and the warnings, and writes the issues to a CSV file.
 
     Args:
         source: the captions and image files.
@@ -47,9 +50,35 @@ def prepare_datasets(
     datasets = [Flickr30kDataset(records, store, tokenizer) for records in splits]
     if rank() == 0:
         print(write_rejected(rejected, source, store, *datasets))
+        for warning in find_warnings(source, [dataset.captions for dataset in datasets], tokenizer):
+            print(printable(f"warning: {warning}"), file=sys.stderr)
     if strict:
         check_strict(collect_issues(source, store))
     return datasets
+
+
+def find_warnings(
+    source: DataSource, captions: list[list[str]], tokenizer: Tokenizer
+) -> list[str]:
+    """Return what is likely a mistake of the whole caption file or of the flags.
+
+    Args:
+        source: the captions and image files.
+        captions: those of each split that is used.
+        tokenizer: of the model.
+    """
+    statistics = [tokenizer.word_statistics(of_split) for of_split in captions]
+    warnings = list(source.annotations.warnings)
+    unknown = max(words.unknown_share for words in statistics)
+    if unknown > MAX_UNKNOWN:
+        warnings.append(f"{unknown:.0%} of the words are unknown to the vocabulary of "
+                        f"{len(tokenizer):,} words")
+    cut = max(words.cut_share for words in statistics)
+    if cut > MAX_CUT:
+        longest = max(words.lengths.max(initial=0) for words in statistics)
+        warnings.append(f"{cut:.0%} of the captions are cut to {tokenizer.context_length} words, "
+                        f"the longest has {longest}: --context-length {longest} keeps all words")
+    return warnings
 
 
 def collect_issues(
@@ -72,6 +101,8 @@ def collect_issues(
             DataIssue(str(source.images), dataset.records[dataset.image_index[row]].name,
                       "no word of it is in the vocabulary", dataset.captions[row])
             for dataset, row in wordless],
+        "images found by another name": source.annotations.renamed,
+        "images in no split file": source.unlisted,
         "caption rows rejected": source.annotations.rejected,
         "images missing": source.missing,
         "images unreadable": [DataIssue(str(source.images), name, reason)

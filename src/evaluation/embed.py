@@ -1,4 +1,4 @@
-"""Embed photos and captions with a trained model, and score one against the other."""
+"""Embed images and captions with a trained model, and score them against each other."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tqdm import tqdm
 from src.data.transforms import eval_transform
 from src.evaluation.metrics import retrieval_metrics
 from src.models.dual_encoder import DualEncoder
-from src.utils.distributed import all_gather_with_grad, rank, split_evenly
-from src.utils.runtime import autocast, compute_dtype
+from src.utils.distributed import all_gather_with_grad, broadcast_object, rank, split_evenly
+from src.utils.runtime import autocast, compute_dtype, copy_to_device
 
-if TYPE_CHECKING:  # for the annotation alone; a search does not need that room
+if TYPE_CHECKING:  # a search, which embeds one query, does not import the training data
     from src.data.dataset import Flickr30kDataset
 
 BATCH_SIZE = 128
@@ -23,41 +23,64 @@ BATCH_SIZE = 128
 
 @torch.inference_mode()
 def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Stored squares (B, S, S, 3) uint8 -> (B, D) float32 embeddings on the CPU.
+    """Embed a batch of stored images: (B, S, S, 3) uint8 -> (B, D) float32 on the CPU.
 
-    Or from features (B, F) of a frozen image encoder. The model is to be in eval mode.
+    Args:
+        model: in eval mode.
+        pixels: with S >= the model's image size, or (B, F) features of a frozen image encoder.
     """
-    device = model.logit_scale.device
-    images = pixels.to(device, non_blocking=True)
-    if images.ndim == 4:
-        images = eval_transform(images, model.config.image_size)
-    with autocast(device, compute_dtype(device)):
-        return model.encode_image(images).cpu()
+    return _embed_pixels(model, pixels).cpu()
 
 
-@torch.inference_mode()
 def embed_tokens(model: DualEncoder, tokens: torch.Tensor, batch_size: int = 4096) -> torch.Tensor:
-    """Token ids (M, L) -> (M, D) float32 embeddings on the CPU, as `embed_pixels`."""
-    device = model.logit_scale.device
-    parts = [model.encode_text(part.to(device)).cpu() for part in tokens.split(batch_size)]
-    return torch.cat(parts)
+    """Embed captions with a model in eval mode: (M, L) token ids -> (M, D) float32 on the CPU."""
+    return _embed_tokens(model, tokens, batch_size).cpu()
 
 
 def embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
-    """Each photo of a split once: (N, D) float32 embeddings on the CPU, in every process."""
-    model.eval()
-    parts = split_evenly(len(dataset.records))
-    own = parts[rank()]
-    embeddings = [torch.empty(0, model.config.embed_dim)]
-    for start in tqdm(range(own.start, own.stop, BATCH_SIZE), desc="embedding", unit="batch",
-                      leave=False, disable=None if rank() == 0 else True, file=sys.stderr):
-        photos = np.arange(start, min(start + BATCH_SIZE, own.stop))
-        embeddings.append(embed_pixels(model, dataset.pixels(photos)))
-    return all_gather_with_grad(torch.cat(embeddings), [len(part) for part in parts])
+    """Embed each image of a split: (N, D) float32 on the CPU, the same on every rank."""
+    return _embed_images(model, dataset).cpu()
 
 
 def evaluate_retrieval(model: DualEncoder, dataset: Flickr30kDataset) -> dict[str, float]:
-    """The retrieval metrics of a whole split: its photos against all their captions."""
-    image_embeddings = embed_images(model, dataset)
-    text_embeddings = embed_tokens(model, dataset.tokens)
-    return retrieval_metrics(image_embeddings, text_embeddings, dataset.image_index)
+    """Return the retrieval metrics of a split: all its images against all their captions.
+
+    All ranks embed images; rank 0 computes the metrics, on the device of the model.
+    """
+    images = _embed_images(model, dataset)
+    metrics = None
+    if rank() == 0:
+        texts = _embed_tokens(model, dataset.tokens)
+        metrics = retrieval_metrics(images, texts, dataset.image_index)
+    return broadcast_object(metrics)
+
+
+def _embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
+    """Embed the images of a split on the device of the model, without waiting for it."""
+    model.eval()
+    parts = split_evenly(len(dataset.records))
+    own = parts[rank()]
+    embeddings = [torch.empty(0, model.config.embed_dim, device=model.logit_scale.device)]
+    for start in tqdm(range(own.start, own.stop, BATCH_SIZE), desc="embedding", unit="batch",
+                      leave=False, disable=None if rank() == 0 else True, file=sys.stderr):
+        indices = np.arange(start, min(start + BATCH_SIZE, own.stop))
+        embeddings.append(_embed_pixels(model, dataset.pixels(indices)))
+    return all_gather_with_grad(torch.cat(embeddings), [len(part) for part in parts])
+
+
+@torch.inference_mode()
+def _embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    device = model.logit_scale.device
+    images = copy_to_device(pixels, device)
+    if images.ndim == 4:
+        images = eval_transform(images, model.config.image_size)
+    with autocast(device, compute_dtype(device)):
+        return model.encode_image(images)
+
+
+@torch.inference_mode()
+def _embed_tokens(
+    model: DualEncoder, tokens: torch.Tensor, batch_size: int = 4096
+) -> torch.Tensor:
+    tokens = copy_to_device(tokens, model.logit_scale.device)
+    return torch.cat([model.encode_text(part) for part in tokens.split(batch_size)])

@@ -44,7 +44,6 @@ def write_page(
     *,
     words: list[str],
     word_embeddings: np.ndarray,
-    context_length: int,
     names: list[str],
     image_embeddings: np.ndarray,
     captions: list[list[str]],
@@ -62,8 +61,7 @@ def write_page(
         folder: where the page is written.
         words: the vocabulary in the order of the ids, <pad> and <unk> first.
         word_embeddings: (V, D) float32. The embedding of a text is the mean of the rows of its
-            first `context_length` words, at unit length; unknown words take row 1.
-        context_length: number of words of a text that are used.
+            words, at unit length; unknown words take row 1.
         names: shown on the page, which holds no other part of the paths.
         image_embeddings: (N, D) float32 unit vectors.
         captions: shown with each image, which may have none.
@@ -94,7 +92,7 @@ def write_page(
     pictures, reasons, made = _write_pictures(folder, paths, progress)
     kept = [i for i in range(n_images) if not reasons[i]]
     data = {"data/words.js": _script("addWords", {
-        "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
+        "dim": dim, "photos": len(kept), "words": words,
         "examples": example_queries(words, [captions[i] for i in kept]),
         **quantize(word_embeddings),
     })}

@@ -36,21 +36,19 @@ class WordTable:
     Attributes:
         checkpoint: fingerprint of the checkpoint file.
         words: V words in the order of their ids, <pad> and <unk> first.
-        context_length: number of words of a text that are used.
         args: flags of the training run, which name its image folder.
         vectors: (V, D) float32, each word in the shared space, not normalized.
     """
 
     checkpoint: str
     words: list[str]
-    context_length: int
     args: dict
     vectors: np.ndarray
 
     def __post_init__(self) -> None:
         """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
-                and isinstance(self.args, dict) and isinstance(self.context_length, int)):
+                and isinstance(self.args, dict)):
             raise ValueError("values of another type")
         if len(self.words) != len(self.vectors) or self.words[:2] != [PAD, UNK]:
             raise ValueError(f"{len(self.vectors)} vectors for {len(self.words)} words")
@@ -88,8 +86,7 @@ def load_words(
         try:
             content, vectors = load_matrix(folder, "words")
             if content["checkpoint"] == key:
-                return WordTable(key, content["words"], content["context_length"],
-                                 content["args"], vectors)
+                return WordTable(key, content["words"], content["args"], vectors)
         except FileNotFoundError:
             pass
         except (ValueError, KeyError) as error:
@@ -103,13 +100,11 @@ def load_words(
             if table is None:
                 model, tokenizer, content = load()
                 args = {name: value for name, value in content.get("args", {}).items()
-                        if isinstance(value, str | int | float | None)}  # what JSON holds
-                table = WordTable(key, tokenizer.words, tokenizer.context_length, args,
+                        if isinstance(value, str | int | float | list | None)}  # what JSON holds
+                table = WordTable(key, tokenizer.words, args,
                                   model.word_embeddings().cpu().numpy())
                 save_matrix(folder, "words", {
-                    "checkpoint": key, "words": table.words, "args": table.args,
-                    "context_length": table.context_length,
-                }, table.vectors)
+                    "checkpoint": key, "words": table.words, "args": table.args}, table.vectors)
             return table
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (table := stored()):
@@ -124,7 +119,7 @@ class TextQuery:
 
     Attributes:
         text: the text as typed.
-        words: its W words in order, cut to the context length, and those to avoid as "-word".
+        words: its W words in order, and those to avoid as "-word".
         unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
         embedding: (D,) float32 unit vector.
         word_parts: (W, D) float32; their sum is the embedding.
@@ -153,7 +148,7 @@ def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
     """
     queries = []
     for text in texts:
-        words = split_words(NEGATIVE.sub(" ", text))[: table.context_length]
+        words = split_words(NEGATIVE.sub(" ", text))  # all of them: a mean has no context length
         avoided = [word for part in NEGATIVE.findall(text) for word in split_words(part)]
         unknown = list(dict.fromkeys(
             word for word in [*words, *avoided] if word not in table.ids))

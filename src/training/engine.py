@@ -1,5 +1,4 @@
-"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` is what a step computes.
-"""
+"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` computes a step."""
 
 from __future__ import annotations
 
@@ -89,15 +88,17 @@ def train_one_epoch(
         UserError: the loss is not finite.
     """
     device = model.logit_scale.device
-    model.train()
+    model.train()  # validation has left it in eval mode
     if freeze_batchnorm:
         model.image_encoder.freeze_batchnorm()
     batches = sample_batches(dataset, batch_size, captions_per_image, seed, epoch)
+    # Every loss is kept, so that the step that broke a run can be named.
     losses = torch.zeros(len(batches), device=device)
     if progress is None:
         progress = Progress(losses, lr=scheduler.get_last_lr()[0])
     losses[: progress.step] = progress.losses[: progress.step]
     progress.losses = losses
+    # The batches are a function of seed and epoch: a resumed epoch skips those it has done.
     loader = Prefetcher(dataset, batches[progress.step :], device)
     start, checked = time.perf_counter() - progress.seconds, 0.0
     waited_before = progress.wait_seconds
@@ -111,7 +112,7 @@ def train_one_epoch(
             scaler.step(optimizer)  # skips the step if a float16 gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+            scheduler.step()  # per step, not per epoch
             model.clamp_logit_scale()
 
             progress.losses[progress.step] = loss  # stays on the device: no wait
@@ -171,12 +172,13 @@ def forward_backward(
         with autocast(images.device, dtype):
             return model(images, batch.tokens[token_slice])
 
+    # With several chunks the first pass keeps no activations: only the embeddings are needed.
     one_pass = len(chunks) == 1
     with torch.set_grad_enabled(one_pass):
         embeddings = [embed(number) for number in range(len(chunks))]
     images, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
     if not one_pass:
-        images.requires_grad_()
+        images.requires_grad_()  # leaves: backward stops here and leaves .grad on them
         texts.requires_grad_()
 
     # Every rank computes the same loss of the whole batch: all images are negatives.
@@ -195,6 +197,36 @@ def forward_backward(
     # several; its hooks would also be in the way of the gathered loss.
     average_gradients(model)
     return loss.detach()
+
+
+def check_batch_size(
+    batch_size: int, chunk_size: int | None, image_size: int, batchnorm_trained: bool
+) -> None:
+    """Check that a batch can be trained on by all ranks.
+
+    Args:
+        batch_size: images per step, over all ranks.
+        chunk_size: images in memory at a time, None for all.
+        image_size: side of the images in pixels.
+        batchnorm_trained: whether BatchNorm normalizes over the images.
+
+    Raises:
+        UserError: the batch is too small; the message says what to change.
+    """
+    parts = [len(part) for part in split_evenly(batch_size)]
+    if batch_size < 2:
+        raise UserError("a batch of 1 image has no negatives, so its loss is always 0: choose "
+                        "--batch-size 2 or more")
+    if min(parts) < 1:
+        raise UserError(f"a batch of {batch_size} images leaves some of {len(parts)} processes "
+                        "without one: choose a larger --batch-size or fewer processes")
+    smallest = min((part - 1) % (chunk_size or part) + 1 for part in parts)
+    # At 32 pixels the last feature map is 1x1: one image gives BatchNorm one value per channel.
+    if smallest == 1 and image_size <= 32 and batchnorm_trained:
+        raise UserError(
+            f"BatchNorm cannot be trained on a single image of {image_size} pixels, and a batch of "
+            f"{batch_size} has one in a chunk or process of its own: choose another --batch-size, "
+            "--chunk-size or number of processes, or a larger --image-size")
 
 
 def _check_finite(

@@ -1,4 +1,4 @@
-"""Features of a frozen image encoder: computed once, kept on the disk, trained on in seconds."""
+"""Features of a frozen image encoder, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from src.utils.files import exclusive_lock, write_atomic
 from src.utils.runtime import autocast
 
 BATCH_SIZE = 128
-SAVE_BATCHES = 16  # some minutes of a slow machine: what an interruption costs
+SAVE_BATCHES = 16  # an interruption costs at most these: minutes on a slow machine
 
 
 def frozen_features(
     folder: Path, encoder: ImageEncoder, dataset: Flickr30kDataset,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The features of each photo's centre, from `folder` or computed and kept there.
+    """Return the features of each image's center crop, from the cache or computed and cached.
 
-    The file is called by what goes into it, the weights, the pixels and the precision, so features
-    of other weights or changed photos are never taken for these. An interrupted call goes on where
-    it was; several processes on one disk compute them once.
+    The file name is a hash of the weights, the pixels and the precision, so features of other
+    weights or images are never used. An interrupted call is continued by the next one. Of several
+    processes that share a disk one computes, and the others wait and read.
 
     Args:
-        folder: where the files lie.
+        folder: of the cached files.
         encoder: on the device to compute on; left in eval mode.
-        dataset: N photos, with their pixels.
-        dtype: of products and convolutions, as `compute_dtype` gives it.
+        dataset: of N images, with their pixels.
+        dtype: of matrix products and convolutions, see `compute_dtype`.
 
     Returns:
         (N, F) float32 on the CPU.
@@ -55,13 +55,13 @@ def frozen_features(
                 _compute(partial, encoder, dataset, dtype)
                 partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot keep features in {folder}: {error}; choose another place with "
-                        "--cache-dir") from error
+        raise UserError(f"cannot write features to {folder}: {error}; choose another folder "
+                        "with --cache-dir") from error
     return torch.from_numpy(np.load(path))
 
 
 def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -> str:
-    """A digest of the weights, the input size, the pixels, and how it is computed."""
+    """Return a hash of the weights, the input size, the pixels and the precision."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
@@ -69,8 +69,8 @@ def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -
     device = next(encoder.parameters()).device.type
     digest.update(f"{encoder.image_size} {encoder.flip_tta} {dtype} {device}".encode())
     for start in range(0, len(dataset.records), BATCH_SIZE):
-        photos = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
-        digest.update(dataset.pixels(photos).numpy())
+        indices = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
+        digest.update(dataset.pixels(indices).numpy())
     return digest.hexdigest()
 
 
@@ -78,29 +78,29 @@ def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -
 def _compute(
     path: Path, encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype
 ) -> None:
-    """Write the features that `path` does not hold yet."""
+    """Compute the features that the file `path` does not have yet, and write it."""
     count = len(dataset.records)
     device = next(encoder.parameters()).device
     features = np.empty((count, encoder.feature_dim), np.float32)
     start = 0
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # none yet, or a damaged one
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # missing or damaged
         done = np.load(path)
         features[: len(done)], start = done, len(done)
-    with tqdm(total=count, initial=start, desc="features", unit="photo", file=sys.stderr,
+    with tqdm(total=count, initial=start, desc="features", unit="image", file=sys.stderr,
               disable=None if rank() == 0 else True) as bar:
         while start < count:
-            photos = np.arange(start, min(start + BATCH_SIZE, count))
-            images = eval_transform(dataset.pixels(photos).to(device),
-                               encoder.image_size)
+            indices = np.arange(start, min(start + BATCH_SIZE, count))
+            images = eval_transform(dataset.pixels(indices).to(device), encoder.image_size)
             with autocast(device, dtype):
-                features[photos] = encoder(images).float().cpu().numpy()
-            start += len(photos)
-            bar.update(len(photos))
+                features[indices] = encoder(images).float().cpu().numpy()
+            start += len(indices)
+            bar.update(len(indices))
             if start == count or start // BATCH_SIZE % SAVE_BATCHES == 0:
                 _save(path, features[:start])
 
 
 def _save(path: Path, features: np.ndarray) -> None:
+    """Write an array as .npy, atomically."""
     buffer = io.BytesIO()
     np.save(buffer, features)
     write_atomic(path, buffer.getvalue())

@@ -1,5 +1,7 @@
-"""Recipes: named sets of defaults for the training flags. A flag on the command line has priority.
-"""
+"""Recipes: named sets of defaults for the training flags; flags on the command line override."""
+
+# Image sizes at which networks were published; a recipe's size is the default of all others.
+IMAGE_SIZES = {"efficientnet-lite1": 240, "efficientnet-lite2": 260}
 
 RECIPES = {
     # Fine-tune everything at one small learning rate, as BERT is fine-tuned.
@@ -11,8 +13,8 @@ RECIPES = {
         ema_decay=0.0,
     ),
 }
-# First the heads on frozen features, then everything, with a learning rate for the image encoder and
-# a moving average of the weights. benchmarks/quality.md lists what was tried.
+# First the heads on frozen features, then everything, with a learning rate of its own for the image
+# encoder and a moving average of the weights. benchmarks/quality.md lists what was tried.
 RECIPES["strong"] = RECIPES["baseline"] | dict(
     word_dropout=0.3, drop_connect=0.1, epochs=18, batch_size=128, captions_per_image=5, lr=1e-4,
     image_encoder_lr=3e-4, schedule="cosine", warmup_steps=20, head_epochs=8, flip_tta=True,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.models.checkpoint import (
     Checkpoint,
@@ -21,6 +20,7 @@ from src.models.checkpoint import (
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.training.engine import Progress
+from src.training.optim import MovingAverage
 from src.utils.distributed import any_rank, rank
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
@@ -29,10 +29,10 @@ from src.utils.plots import plot_curves
 from src.utils.runtime import StopRequest
 from src.utils.tensors import load_tensors
 
-# Flags that a resumed run may change without notice: paths, and what the machine can bear.
-PLACES = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device", "save_every",
-          "resume", "strict")
-# Flags that it may change with a note: its length, and what may save a diverging run.
+# Flags that a resumed run may change without a note: they do not change what is computed.
+UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
+              "save_every", "resume", "strict")
+# Flags that it may change with a note: the run's length, and what can stop it diverging.
 CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
@@ -73,15 +73,15 @@ class RunState:
         self.stopped = False
         self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
         self._stop_request = stop_request or StopRequest()
-        self._ema_decay = ema_decay
-        self._average = AveragedModel(
-            model, multi_avg_fn=self._update_average, use_buffers=True,
-        ) if ema_decay else None
+        self._average = MovingAverage(model, ema_decay) if ema_decay else None
 
     @property
     def eval_model(self) -> DualEncoder:
         """The model to evaluate and keep: the average of the weights, if there is one."""
-        return self._average.module if self._average else self.model
+        if not self._average:
+            return self.model
+        self._average.copy_counts()
+        return self._average.model
 
     @property
     def steps(self) -> int:
@@ -97,32 +97,22 @@ class RunState:
         """
         self.progress = progress
         if self._average:
-            self._average.update_parameters(self.model)
+            self._average.update(self.steps)
         self.stopped = any_rank(self._stop_request.signal is not None)
         if self.stopped or time.monotonic() - self._saved > self._save_seconds:
             self.save()
         return self.stopped
 
-    def _update_average(
-        self, averages: list[torch.Tensor], weights: list[torch.Tensor], n_averaged: torch.Tensor
-    ) -> None:
-        # In the first steps the decay is smaller, or the random start would count for hundreds of
-        # steps: polynomial averaging with eta = 3 of Shamir and Zhang, "Stochastic Gradient Descent
-        # for Non-smooth Optimization", ICML 2013.
-        decay = min(self._ema_decay, (self.steps - 1) / (self.steps + 3))
-        get_ema_multi_avg_fn(decay)(averages, weights, n_averaged)
-
     def finish_epoch(self, metrics: dict[str, float], validation_seconds: float) -> bool:
-        """Add the epoch to the log and write what it leaves behind.
+        """Add the epoch to the log, and write log.jsonl, curves.png and the last checkpoint.
 
-        That is the best checkpoint if its rsum is the highest so far, log.jsonl, curves.png, and
-        the last checkpoint.
+        The epoch with the highest rsum so far is also written as the best checkpoint.
 
         Returns:
             Whether the epoch is the best so far.
         """
-        best_before = max((line["metrics"]["rsum"] for line in self.log), default=-1.0)
-        is_best = metrics["rsum"] > best_before
+        best_before = max((line["metrics"].get("rsum", -1.0) for line in self.log), default=-1.0)
+        is_best = not metrics or metrics["rsum"] > best_before  # without validation: the last
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         self.log.append({
@@ -160,7 +150,7 @@ class RunState:
                 **self._summary(), log=self.log, progress=progress, data=self.data,
                 optimizer_state=self.optimizer.state_dict(),
                 scaler_state=self.scaler.state_dict(),
-                average_state=self._average.state_dict() if self._average else {},
+                average_state=self.eval_model.state_dict() if self._average else {},
             )
         self._saved = time.monotonic()
 
@@ -262,7 +252,7 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
     # A flag that an earlier version did not have is not a change.
     changed = {name: f"--{name.replace('_', '-')} was {earlier.get(name)}, is {value}"
                for name, value in flags.items()
-               if name not in PLACES and value != earlier.get(name, value)}
+               if name not in UNCOMPARED and value != earlier.get(name, value)}
     refused = [text for name, text in changed.items() if name not in CHANGEABLE]
     if refused:
         raise UserError(f"--resume continues a run with other flags: {'; '.join(refused)}. Leave "

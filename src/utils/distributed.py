@@ -1,9 +1,9 @@
-"""Several processes as one run: torchrun starts them, each takes its share of every batch.
+"""Several processes as one run: torchrun starts them, and each takes its part of every batch.
 
-    torchrun --nproc-per-node 2 train.py …
+    torchrun --nproc-per-node 2 train.py ...
 
-One process alone runs the same code: a world of one, in which nothing is sent. Every process knows
-the whole batch's photos and captions by number, so how much each will send needs no asking.
+A single process runs the same code with a world size of 1 and communicates nothing. Every rank
+knows the images and captions of the whole batch, so the sizes to gather need no communication.
 """
 
 from __future__ import annotations
@@ -21,157 +21,145 @@ from src.utils.errors import UserError
 
 
 def init_distributed() -> None:
-    """Join the other processes, if torchrun has started this one; nothing otherwise.
+    """Join the process group if torchrun has started this process; do nothing otherwise.
 
-    Process 0 alone speaks on standard output from then on.
+    From then on only rank 0 prints on standard output.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def destroy_distributed() -> None:
-    """Leave the group, so that the others need not find out by themselves."""
+    """Leave the process group; threads of a group that is left open abort Python at its exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0. Process 0 alone writes."""
+    """Return the number of this process, from 0. Only rank 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def split_evenly(count: int) -> list[range]:
-    """0 … count - 1 cut into one range a process; their lengths differ by at most one."""
-    world = world_size()
-    return [range(count * i // world, count * (i + 1) // world) for i in range(world)]
+    """Split range(count) into one range per rank; their lengths differ by at most 1."""
+    n_ranks = world_size()
+    return [range(count * i // n_ranks, count * (i + 1) // n_ranks) for i in range(n_ranks)]
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows, one after another; as long as each computes the same loss of them."""
+    """Concatenate the rows of all ranks; every rank must compute the same loss of the result."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:  # noqa: ANN001
         ctx.start, ctx.length = sum(sizes[: rank()]), len(rows)
-        # Padded to equal lengths, which is all that gloo can gather.
+        # Padded, because all_gather needs tensors of equal shapes.
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        _exchange(dist.all_gather, parts, padded)
+        _communicate(dist.all_gather, parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN001
-        # Every process has the whole loss, so what the others would send for these rows equals
-        # what stands here: their sum is a product, and nothing has to be sent.
+        # The sum over the ranks of the gradients of these rows. Every rank has the whole loss and
+        # so the same gradient: the sum is a product, and nothing is communicated.
         return gradient[ctx.start : ctx.start + ctx.length] * world_size(), None
 
 
 def all_gather_with_grad(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Rows of all processes, with their gradient: (sizes[rank], …) -> (sum of sizes, …).
+    """Gather the rows of all ranks, with their gradient: (sizes[rank], ...) -> (sum(sizes), ...).
 
     Args:
-        rows: this process's.
-        sizes: how many rows each process brings; the same list everywhere.
+        rows: of this rank.
+        sizes: number of rows of each rank.
     """
     return rows if len(sizes) == 1 else _Gather.apply(rows.contiguous(), sizes)
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Replace each gradient, and each running statistic, by its mean over the processes.
+    """Replace each gradient and each running statistic by its mean over the ranks.
 
-    With `all_gather_with_grad` this gives every process the gradient of the whole batch's loss: a gathered
-    row brings `world_size` times its gradient, a parameter of the loss itself its whole one from
-    every process, and the mean makes both right. BatchNorm's statistics, which each process takes
-    of its own share, stay the same everywhere, so any process can evaluate, and save for all.
+    Together with `all_gather_with_grad` the gradients are those of the whole batch's loss: a
+    gathered row has `world_size` times its gradient, a parameter of the loss has its whole gradient
+    on every rank, and the mean is right for both. BatchNorm normalizes over a rank's part of the
+    batch; the mean keeps its running statistics equal on all ranks. (SyncBatchNorm would make the
+    host wait for the GPU three times per layer.)
     """
-    if world_size() > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        # Statistics in float64: equal ones, of a frozen encoder, are then their own mean exactly.
-        for tensors, dtype in ((gradients, torch.float32), (statistics, torch.float64)):
-            if not tensors:
-                continue
-            flat = torch.cat([tensor.flatten().to(dtype) for tensor in tensors])  # one message
-            _exchange(dist.all_reduce, flat)
-            flat /= world_size()
-            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(mean.view_as(tensor))
-
-
-def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """The model with BatchNorm over the whole batch, where several GPUs hold it between them.
-
-    Elsewhere, as it is: torch synchronizes statistics on GPUs alone.
-    """
-    if world_size() > 1 and next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def check_batch_size(batch_size: int, chunk_size: int | None, device: torch.device) -> None:
-    """Raise UserError if a batch of `batch_size` images cannot be divided over the ranks."""
-    n_ranks = world_size()
-    if batch_size < n_ranks:
-        raise UserError(f"a batch of {batch_size} images leaves some of {n_ranks} processes "
-                        "without one: choose a larger --batch-size or fewer processes")
-    if chunk_size and device.type == "cuda" and batch_size % n_ranks:
-        # The ranks would have different numbers of chunks, and SyncBatchNorm would wait forever.
-        raise UserError(f"with --chunk-size a batch of {batch_size} images must be divisible by "
-                        f"{n_ranks} processes: choose another --batch-size")
+    if world_size() == 1:
+        return
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    # Only layers that this step has updated: the statistics of the others are equal already.
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)
+              and layer.training and layer.weight.grad is not None]
+    statistics = [each for layer in layers for each in (layer.running_mean, layer.running_var)]
+    sources = [*(p.grad for p in parameters), *statistics]
+    if not sources:
+        return
+    # One message, and few kernels: the tensors are copied into views of one buffer together.
+    flat = torch.empty(sum(source.numel() for source in sources), device=sources[0].device)
+    parts = flat.split([source.numel() for source in sources])
+    views = [part.as_strided(source.shape, source.stride())
+             for part, source in zip(parts, sources, strict=True)]
+    torch._foreach_copy_(views, sources)
+    _communicate(dist.all_reduce, flat)
+    flat /= world_size()
+    for parameter, view in zip(parameters, views, strict=False):
+        parameter.grad = view
+    if statistics:
+        torch._foreach_copy_(statistics, views[len(parameters):])
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds in any process: the same answer everywhere."""
+    """Return whether `flag` is true on any rank; the same result on every rank."""
     if world_size() == 1:
         return flag
-    seen = torch.tensor(int(flag))
-    _exchange(dist.all_reduce, seen, dist.ReduceOp.MAX)
-    return bool(seen)
+    result = torch.tensor(int(flag))
+    _communicate(dist.all_reduce, result, dist.ReduceOp.MAX)
+    return bool(result)
 
 
 def barrier() -> None:
-    """Return when every process has come here."""
-    if world_size() > 1:
-        any_rank(False)
+    """Wait until every rank has called this."""
+    any_rank(False)
 
 
 def broadcast_object(value: Any) -> Any:
-    """What process 0 calls this with, in every process; the others wait for it."""
-    box = [value]
+    """Return rank 0's `value` on every rank; the others wait for it."""
+    values = [value]
     if world_size() > 1:
-        _exchange(dist.broadcast_object_list, box, 0)
-    return box[0]
+        _communicate(dist.broadcast_object_list, values, 0)
+    return values[0]
 
 
 def all_gather_object(value: Any) -> list:
-    """What each process calls this with, in the order of their numbers."""
-    found = [value] * world_size()
+    """Return the `value` of each rank, in the order of the ranks."""
+    values = [value] * world_size()
     if world_size() > 1:
-        _exchange(dist.all_gather_object, found, value)
-    return found
+        _communicate(dist.all_gather_object, values, value)
+    return values
 
 
-def _exchange(collective: Callable, *args: Any) -> None:
-    """Call a collective; where another process has ended meanwhile, end too, without traceback.
+def _communicate(collective: Callable, *args: Any) -> None:
+    """Call a collective; if another rank has ended, end this process too, without a traceback.
 
-    It has said why, or torchrun says it for one that was killed.
+    That rank has printed its error, or torchrun reports that it was killed.
 
     Raises:
-        UserError: in process 0, which speaks for all.
+        UserError: on rank 0.
     """
     try:
         collective(*args)
     except RuntimeError as error:
-        first = rank() == 0
+        is_main = rank() == 0
         destroy_distributed()
-        if not first:
+        if not is_main:
             sys.exit(1)
-        raise UserError("another process of this run has ended before its work was done; start it "
-                        "again", status=1) from error
+        raise UserError("another process of this run has ended before its work was done; start "
+                        "the run again", status=1) from error

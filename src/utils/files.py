@@ -1,4 +1,4 @@
-"""The door to the disk: whole-or-nothing writes, one writer at a time."""
+"""Atomic writes, and locks between processes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from src.utils.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a reader, or a power cut, finds the old file or the new one.
+    """Replace the file `path` by `data`: after a crash it is the old file or the new one, complete.
 
-    A temporary file in the same folder is written, flushed to the disk and renamed; the folder is
-    flushed too, since the new name lives there. Parent folders are made.
+    A temporary file in the same folder is written, flushed to the disk and renamed; then the folder
+    is flushed, since it holds the new name. Missing parent folders are created.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -26,7 +26,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_alone(temporary) as file:
+        with _open_locked(temporary) as file:
             try:
                 file.write(data)
                 file.flush()
@@ -42,32 +42,32 @@ def write_atomic(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _open_alone(path: Path) -> BinaryIO:
-    """Open `path`, empty, for this writer alone; a second one waits until the first is done.
+def _open_locked(path: Path) -> BinaryIO:
+    """Open `path` empty and locked; a second writer waits until the first is done.
 
-    The name is always the same, so what a killed writer left is written over, not left for ever.
+    The name is always the same, so a file left by a killed writer is overwritten.
     """
     while True:
-        # Not "wb", which would cut what another writer is at.
+        # Append mode: "wb" would truncate the file that another writer is writing.
         file = open(path, "ab", opener=open_no_link)
         with contextlib.suppress(FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 return file
-        file.close()  # the other writer has renamed it meanwhile: it is in use under its name
+        file.close()  # the other writer has renamed it: this is the finished file now
 
 
 def open_no_link(path: Path | str, flags: int) -> int:
-    """os.open, but not through a link: a stranger's data folder may hold one to a file of the user.
+    """Open as os.open does, but raise OSError if `path` is a symbolic link.
 
-    Raises OSError where `path` is a link.
+    A data folder from someone else may hold a link to a file of the user.
     """
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries (new names, renames) to the disk."""
+    """Flush a folder's entries, new names and renames, to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,12 +77,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; a second process waits here for the first.
+    """Hold a lock on the file `path` while the block runs; a second process waits for the first.
 
-    The kernel lets go of the lock when the process ends, however it ends.
+    The kernel releases the lock when the process ends, even if it is killed.
 
     Args:
-        waiting: what to say on standard error before waiting for another process.
+        path: the lock file, created if it is missing.
+        waiting: message for standard error if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", opener=open_no_link) as file:
@@ -97,10 +98,10 @@ def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the one process that writes to `folder` while the block runs.
+    """Make this the only process that writes results to `folder` while the block runs.
 
     Raises:
-        UserError: another process is at it, which is let be; or the folder cannot be written.
+        UserError: another process is writing there, or the folder cannot be written.
     """
     try:
         file = open(folder / ".lock", "ab", opener=open_no_link)
@@ -111,7 +112,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is writing to {folder}: wait for it, or choose another "
-                            "place with --results-dir") from error
+                            "folder with --results-dir") from error
         yield
 
 
@@ -125,7 +126,11 @@ def content_digest(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's content, in hex. Raises UserError where there is no such file."""
+    """Return the SHA-256 of a file's content in hex.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+# The model that comes with the repository; its card is next to it.
+PRETRAINED = Path(__file__).parents[1] / "models" / "pretrained" / "dual_encoder.pth"
 
 
 @dataclass(frozen=True)
 class DataPaths:
-    """Where the images and captions are read, and where decoded pixels are cached."""
+    """Where the images and captions are read, and where decoded pixels are cached.
+
+    Attributes:
+        images: the image folder.
+        annotations: the caption files.
+        cache: folder of the decoded pixels.
+        columns: the arguments of `read_annotations` that choose the columns of caption files.
+    """
 
     images: Path
-    annotations: Path
+    annotations: list[Path]
     cache: Path
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and a contact sheet of queries with their top photos."""
+"""Plots: the curves of a training run, and contact sheets of queries with their top images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from src.utils.files import write_atomic
@@ -19,7 +20,7 @@ BLUE, ORANGE, GREEN = "#2f6fde", "#e8743b", "#2a9d62"
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a query in a script that the font lacks is drawn as boxes
+    with warnings.catch_warnings():  # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from|Matplotlib currently does not"
                                 " support .* natively", UserWarning)
         figure.savefig(buffer, format="png", dpi=130, facecolor="white")
@@ -27,46 +28,80 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(path: Path, log: list[dict]) -> None:
-    """Training loss and validation recall over the epochs of a run's log, as a PNG."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Plot training loss and validation recall over the epochs of a run's log, as a PNG file.
+
+    A vertical line marks the epoch with the highest rsum, whose model is kept. A run without
+    validation has only the loss.
+    """
+    validated = bool(log[-1]["metrics"])
+    figure = Figure(figsize=(10 if validated else 4.5, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2 if validated else 1, squeeze=False,
+                             width_ratios=[1, 1.35] if validated else [1])[0]
     epochs = [line["epoch"] for line in log]
-    left.plot(epochs, [line["loss"] for line in log], "o-", color=INK, markersize=4)
-    left.set_title("training loss", loc="left", color=INK, fontsize=11)
-    for direction, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
-        for k, style in ((1, ":"), (5, "--"), (10, "-")):
-            name = f"{direction}_R@{k}"
-            right.plot(epochs, [line["metrics"][name] for line in log], style, color=color,
-                       marker="o", markersize=3, label=f"{direction.replace('_', ' ')} R@{k}")
-    right.set_title("validation recall, %", loc="left", color=INK, fontsize=11)
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    for axes in (left, right):
+    panels[0].plot(epochs, [line["loss"] for line in log], "o-", color=INK, markersize=3)
+    panels[0].set_title("training loss", loc="left", color=INK, fontsize=11)
+    if validated:
+        _plot_recall(panels[1], log)
+        best = max(log, key=lambda line: line["metrics"]["rsum"])["epoch"]
+        panels[0].annotate("kept", (best, 0.97), (-3, 0), xycoords=("data", "axes fraction"),
+                           textcoords="offset points", color=GREEN, fontsize=8, va="top",
+                           ha="right")
+    for axes in panels:
+        if validated:
+            axes.axvline(best, color=GREEN, linewidth=1, zorder=0)
+        if len(log) == 1:
+            axes.set_xlim(0, 2)
         axes.set_xlabel("epoch", color=MUTED)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color=GRID)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(MUTED)
         axes.tick_params(colors=MUTED)
     _save(figure, path)
 
 
+def _plot_recall(axes: Axes, log: list[dict]) -> None:
+    """Plot Recall@K in both directions, each line labeled at its end."""
+    ends = []  # (value, text, color) of the last point of each line
+    for direction, color in (("text_to_image", BLUE), ("image_to_text", ORANGE)):
+        for k, style in ((1, "-"), (5, "--"), (10, ":")):
+            values = [line["metrics"][f"{direction}_R@{k}"] for line in log]
+            axes.plot([line["epoch"] for line in log], values, style, color=color, marker="o",
+                      linewidth=1.8 if k == 1 else 1.3, markersize=3)
+            ends.append((values[-1], f"{direction.replace('_', ' ')} R@{k}", color))
+    axes.set_title("validation recall, %", loc="left", color=INK, fontsize=11)
+    axes.set_ylim(0, 105)
+    ends.sort()
+    positions = [value for value, _, _ in ends]
+    for i in range(1, len(ends)):  # labels of neighboring lines must not overlap
+        positions[i] = max(positions[i], positions[i - 1] + 6)
+    for i in reversed(range(len(ends))):  # nor be above the axes
+        positions[i] = min(positions[i], 100 - 6 * (len(ends) - 1 - i))
+    for position, (_, text, color) in zip(positions, ends, strict=True):
+        axes.text(1.02, position / 105, text, color=color, fontsize=8, va="center",
+                  transform=axes.transAxes)
+
+
 @dataclass(frozen=True)
 class SheetRow:
-    """A query with its best photos: pictures (H, W, 3) uint8, a line for each, which one is right.
+    """A query with its top images.
 
-    `query` is text or itself a picture; `right` is the place in `pictures` of the photo that the
-    query was written for, if it is known and among them.
+    Attributes:
+        query: a text, or an image as below.
+        images: (H, W, 3) uint8 each, from the best.
+        labels: a line of text below each image.
+        correct: index in `images` of the image that the query belongs to; None if there is none.
     """
 
     query: str | np.ndarray
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     labels: list[str]
-    right: int | None = None
+    correct: int | None = None
 
 
 def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> None:
-    """Draw one row a query, its photos from the best to the right, as a PNG."""
-    columns = max(len(row.pictures) for row in rows)
+    """Draw each query with its images in a row, the correct one framed, as a PNG file."""
+    columns = max(len(row.images) for row in rows)
     figure = Figure(figsize=(3.0 + 1.75 * columns, 2.05 * len(rows) + (0.5 if title else 0.1)),
                     layout="constrained")
     grid = figure.subplots(len(rows), columns + 1, squeeze=False,
@@ -77,27 +112,29 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
         axes.spines[:].set_visible(False)
     for row, axes in zip(rows, grid, strict=True):
         if isinstance(row.query, str):
-            axes[0].text(0.0, 0.5, _wrapped(row.query), va="center", ha="left", color=INK,
+            axes[0].text(0.0, 0.5, _wrap(row.query), va="center", ha="left", color=INK,
                          fontsize=11, transform=axes[0].transAxes, parse_math=False)
         else:
             axes[0].imshow(row.query)
-        for place, (picture, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
-            cell = axes[place + 1]
-            cell.imshow(picture)
-            cell.set_xlabel(_drawable(label), fontsize=7.5, color=MUTED, parse_math=False)
-            if place == row.right:
-                cell.spines[:].set(visible=True, color=GREEN, linewidth=4)
+        for i, (image, label) in enumerate(zip(row.images, row.labels, strict=True)):
+            cell = axes[i + 1]
+            cell.imshow(image)
+            cell.set_xlabel(_drawable(label), fontsize=8, color=MUTED, parse_math=False)
+            # White images need a frame on the white sheet.
+            cell.spines[:].set(visible=True, color=GRID, linewidth=1)
+            if i == row.correct:
+                cell.spines[:].set(color=GREEN, linewidth=4)
     if title:
         figure.suptitle(_drawable(title), x=0.01, ha="left", color=INK, fontsize=12,
                         parse_math=False)
     _save(figure, path)
 
 
-def _wrapped(text: str, width: int = 26, lines: int = 6) -> str:
-    """Break a query into lines that fit its cell."""
+def _wrap(text: str, width: int = 26, lines: int = 6) -> str:
+    """Break a text into lines that fit a cell."""
     return "\n".join(textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …"))
 
 
 def _drawable(text: str) -> str:
-    """The text without what matplotlib refuses: bytes of a file name that are not UTF-8."""
+    """Replace what matplotlib refuses: bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "replace").decode()

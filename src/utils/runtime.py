@@ -1,4 +1,4 @@
-"""Device, precision and randomness: what depends on the machine, decided once."""
+"""What depends on the machine: device, precision, randomness, memory, signals."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 
-from src.utils.distributed import world_size
 from src.utils.errors import UserError
+
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' takes CUDA, then Apple's MPS, then the CPU; any other name is taken at its word.
+    """Return the device `name`; 'auto' is CUDA, else Apple's MPS, else the CPU.
+
+    With several processes 'cuda' is a different GPU for each process of a machine.
 
     Raises:
         UserError: this machine or this build of torch has no such device.
@@ -27,11 +30,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available()
                 else "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda":  # of several processes on this machine each takes a GPU of its own
+    if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # 'meta' has no numbers, others no module at all
+        torch.zeros(1, device=device).item()  # 'meta' has no values, other names no backend
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -39,14 +42,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """The type that matrix products and convolutions run in; weights and sums are float32.
+    """Return the dtype of matrix products and convolutions; weights and sums stay float32.
 
     Args:
-        precision: one of PRECISIONS; 'auto' is bfloat16 on GPUs and x86 CPUs that have instructions
+        device: to compute on.
+        precision: one of PRECISIONS; 'auto' is bfloat16 on GPUs and x86 CPUs with instructions
             for it, float16 on older CUDA GPUs, float32 elsewhere.
     """
     if PRECISIONS[precision]:
@@ -58,21 +59,9 @@ def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def should_compile(device: torch.device, steps: int, batchnorm_frozen: bool) -> bool:
-    """Return whether torch.compile saves more time in `steps` steps than it takes.
-
-    On a CPU it does not (measured, benchmarks/README.md). On a GPU a minute of compiling is
-    compared with about 10 ms a step, which starting EfficientNet's thousand kernels takes longer
-    than computing them. That is an estimate, not a measurement.
-    """
-    # SyncBatchNorm communicates between the kernels that compiling would fuse.
-    synchronized = world_size() > 1 and not batchnorm_frozen
-    return device.type == "cuda" and steps >= 6000 and not synchronized
-
-
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; others imitate it, slowly."""
+    """Return whether the CPU has bfloat16 instructions; others emulate them slowly."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -81,20 +70,27 @@ def cpu_has_bfloat16() -> bool:
 
 
 def tune_malloc() -> None:
-    """Let the C library keep what tensors free, for the next step's tensors of the same sizes.
+    """Make glibc keep freed memory for the next step's tensors, which have the same sizes.
 
-    glibc maps each large block anew and gives it back at once, so that in every step the kernel
-    clears gigabytes of pages: a third to a half of the time of a training step on a CPU. No value
-    changes. Elsewhere than with glibc nothing happens.
+    By default it maps each large block when it is allocated and unmaps it when it is freed, so the
+    kernel clears gigabytes of pages in every step: a third to a half of the time of a training step
+    on a CPU. No result changes. Without glibc this does nothing.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap …
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never give its end back …
-        mallopt(-2, 64 << 20)  # M_TOP_PAD: … which grows by 64 MB
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap ...
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: ... and never shrink it ...
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: ... and let it grow by 64 MB
+
+
+def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to `device`; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from pageable memory would block the host
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision in `dtype`; a context that does nothing where that is float32."""
+    """Return a context of mixed precision in `dtype`, which does nothing for float32."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
@@ -102,34 +98,39 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def grad_scaler(
     device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.amp.GradScaler:
-    """Loss scaling, which only float16's narrow range needs; it passes everything on elsewhere."""
+    """Return a gradient scaler, enabled only for float16 with its narrow range."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def seed_all(*key: int | str) -> None:
     """Seed torch on every device as a function of `key`, e.g. (seed, epoch, step).
 
-    Called before each step, it leaves no generator state that a resumed run would have to restore.
+    Called before each step, so a resumed run does not have to restore generator states.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def enable_determinism() -> None:
-    """Have torch choose, on GPUs, only kernels that give the same bits each time.
+def choose_kernels(deterministic: bool) -> None:
+    """Let cuDNN time its kernels and use the fastest; or use only deterministic ones.
 
-    To be called before the first matrix product. Where an operation has none, torch raises.
+    Call it before the first matrix product.
+
+    Args:
+        deterministic: use kernels that give the same bits in every run. Torch raises if an
+            operation has none.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
 
 
 class StopRequest:
-    """Whether somebody asked this run to end.
+    """Whether the run is asked to stop.
 
     Attributes:
-        signal: SIGINT (Ctrl-C) or SIGTERM (a cluster that takes the machine back); None so far.
+        signal: SIGINT (Ctrl-C) or SIGTERM (a cluster's preemption); None so far.
     """
 
     signal: signal.Signals | None = None
@@ -137,27 +138,29 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_request() -> Iterator[StopRequest]:
-    """While the block runs the first SIGINT or SIGTERM is noted, and the second ends at once."""
+    """Record the first SIGINT or SIGTERM while the block runs; the second ends the process."""
     request = StopRequest()
-    earlier = {}
+    handlers = {}
 
-    def note(number: int, frame: object) -> None:
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def record(number: int, frame: object) -> None:
         request.signal = signal.Signals(number)
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
+        restore()
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        earlier[each] = signal.signal(each, note)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, record)
     try:
         yield request
     finally:
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
+        restore()
 
 
 @contextlib.contextmanager
 def explain_oom() -> Iterator[None]:
-    """Turn what torch raises where memory ends into a message that names the flags to lower.
+    """Turn an out-of-memory error into a message that names the flags to lower.
 
     Raises:
         UserError: the block ran out of memory, on a GPU or on the host.
@@ -170,6 +173,7 @@ def explain_oom() -> Iterator[None]:
             raise
         raise UserError(
             f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the host'}):\n"
-            "train with --chunk-size 16, the same gradient (but for BatchNorm, which sees a chunk) "
-            "for a second pass forward, or lower --batch-size or --image-size"
+            "train with --chunk-size 16, which gives the same gradient (except that BatchNorm "
+            "normalizes over a chunk) for a second forward pass, or lower --batch-size or "
+            "--image-size"
         ) from error

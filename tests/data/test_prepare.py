@@ -1,4 +1,4 @@
-"""Data from a stranger, through rooms and scripts: what can be read is, the rest is named."""
+"""Data of every odd kind, through modules and scripts: what can be read is, the rest is listed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 
 import main as main_script
 import train
+from src.data.captions import Annotations, DataIssue
 from src.data.dataset import Flickr30kDataset
 from src.data.images import load_resized
 from src.data.pixel_store import PixelStore
@@ -28,17 +29,17 @@ from tests.stress.bad_input import (
     REJECTED,
     UNREADABLE,
     other_files,
-    write_world,
+    write_odd_dataset,
 )
 
 ROOT = Path(__file__).parents[2]
 
 
-class World:
-    """The odd world, read once."""
+class OddData:
+    """The data of tests/stress/bad_input.py, read once."""
 
     def __init__(self, folder: Path) -> None:
-        self.images, self.annotations, outcomes, self.bad_captions = write_world(folder)
+        self.images, self.annotations, outcomes, self.bad_captions = write_odd_dataset(folder)
         self.outcomes = {str(PurePosixPath(name)) if "/" in name else name: outcome
                          for name, outcome in outcomes.items()}
         self.source = scan_dataset(self.images, self.annotations, 0.2, seed=0)
@@ -52,139 +53,140 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def odd(tmp_path_factory: pytest.TempPathFactory) -> OddData:
     """Made once; no test changes it."""
-    return World(tmp_path_factory.mktemp("world"))
+    return OddData(tmp_path_factory.mktemp("odd"))
 
 
-def test_every_photo_and_name_ends_where_it_must(world: World) -> None:
-    """Each is read, missing, unreadable or rejected as its maker says, and by one kind alone."""
-    found = {kind: Counter(remark.name for remark in remarks)
-             for kind, remarks in collect_issues(world.source, world.store).items()}
-    for name, outcome in world.outcomes.items():
-        assert (name in world.store.rows) == (outcome == READ), name
+def test_every_image_and_name_has_the_expected_outcome(odd: OddData) -> None:
+    """Each is read, missing, unreadable or rejected as expected, and of one kind only."""
+    found = {kind: Counter(issue.name for issue in issues)
+             for kind, issues in collect_issues(odd.source, odd.store).items()}
+    for name, outcome in odd.outcomes.items():
+        assert (name in odd.store.rows) == (outcome == READ), name
     for kind in ("images missing", "images unreadable"):
         assert found[kind] == Counter(
-            name for name, outcome in world.outcomes.items() if outcome == kind)
-    rejected = [name for name, outcome in world.outcomes.items() if outcome == REJECTED]
+            name for name, outcome in odd.outcomes.items() if outcome == kind)
+    rejected = [name for name, outcome in odd.outcomes.items() if outcome == REJECTED]
     assert len(rejected) > 12
-    assert found[REJECTED].total() == len(rejected) + world.bad_captions
-    assert found[REJECTED]["plain 0.jpg"] == world.bad_captions
+    assert found[REJECTED].total() == len(rejected) + odd.bad_captions
+    assert found[REJECTED]["plain 0.jpg"] == odd.bad_captions
 
 
-def test_no_caption_is_lost(world: World) -> None:
+def test_no_caption_is_lost(odd: OddData) -> None:
     """Rows of the file = captions of records + rejected ones = sentences of the JSON."""
-    read = world.source.annotations
+    read = odd.source.annotations
     sentences = sum(len(photo["sentences"])
-                    for photo in json.loads(world.annotations.read_text())["images"])
+                    for photo in json.loads(odd.annotations.read_text())["images"])
     kept = sum(len(record.captions) for record in read.records)
     assert read.rows == kept + len(read.rejected) == sentences
-    assert sum(map(len, world.sets)) == sum(len(r.captions) for r in read.records
-                                            if world.outcomes[r.name] == READ)
+    assert sum(map(len, odd.sets)) == sum(len(r.captions) for r in read.records
+                                            if odd.outcomes[r.name] == READ)
 
 
-def test_no_photo_shows_another_file(world: World) -> None:
-    """Rows hold their own photo's pixels, and none holds those of the file outside."""
-    private = load_resized(world.images.parent / "private.png", 34)
-    for name, row in world.store.rows.items():
+def test_no_image_has_the_pixels_of_another_file(odd: OddData) -> None:
+    """Rows have the pixels of their own image, and none has those of the file outside."""
+    private = load_resized(odd.images.parent / "private.png", 34)
+    for name, row in odd.store.rows.items():
         if name != "30000 wide.jpg":
-            np.testing.assert_array_equal(world.store.pixels[row],
-                                          load_resized(world.images / name, 34))
-    assert not (world.store.pixels == private).all(axis=(1, 2, 3)).any()
-    assert Path(world.images.parent / "ran").exists() is (ROOT / "ran").exists() is False
+            np.testing.assert_array_equal(odd.store.pixels[row],
+                                          load_resized(odd.images / name, 34))
+    assert not (odd.store.pixels == private).all(axis=(1, 2, 3)).any()
+    assert Path(odd.images.parent / "ran").exists() is (ROOT / "ran").exists() is False
 
 
-def test_the_report_names_each(world: World, tmp_path: Path) -> None:
-    """A CSV with kind, where, name, reason and text of every remark; its numbers on one line."""
+def test_the_report_names_each(odd: OddData, tmp_path: Path) -> None:
+    """A CSV with kind, where, name, reason and text of every issue; its counts on one line."""
     path = tmp_path / "rejected.csv"
-    line = write_rejected(path, world.source, world.store, *world.sets)
+    line = write_rejected(path, odd.source, odd.store, *odd.sets)
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    remarks = collect_issues(world.source, world.store, *world.sets)
+    issues = collect_issues(odd.source, odd.store, *odd.sets)
     assert Counter(row["kind"] for row in rows) == {
-        kind: len(found) for kind, found in remarks.items() if found}
+        kind: len(found) for kind, found in issues.items() if found}
     assert all(row["where"] and row["reason"] for row in rows)
-    assert [row["name"] for row in rows if row["kind"] == UNREADABLE] == list(world.store.failed)
-    assert len(remarks["captions repeated"]) == 1 and remarks["caption rows fixed"]
-    assert {r.text for r in remarks["captions without a known word"]} >= {"...", "qqqq zzzz"}
-    for kind, found in remarks.items():
-        assert f"{len(found):,} {kind}" in line
+    assert [row["name"] for row in rows if row["kind"] == UNREADABLE] == list(odd.store.failed)
+    assert len(issues["captions repeated"]) == 1 and issues["caption rows fixed"]
+    assert {r.text for r in issues["captions without a known word"]} >= {"...", "qqqq zzzz"}
+    for kind, found in issues.items():
+        assert not found or f"{len(found):,} {kind}" in line
     assert "\n" not in line and str(path) in line
 
 
-def source_with(world: World, **changes: list) -> DataSource:
-    """The world's source as if nothing were wrong with it but `changes`."""
+def source_with(odd: OddData, **changes: list) -> DataSource:
+    """The source as if nothing were wrong with it except `changes`."""
     clean = {"missing": [], "rejected": []} | changes
-    read = world.source.annotations
-    return DataSource(world.images, type(read)(read.format, read.records, read.rows, read.fixed,
+    read = odd.source.annotations
+    return DataSource(odd.images, type(read)(read.format, read.records, read.rows, read.fixed,
                                            clean["rejected"], read.repeated),
-                  world.source.splits, clean["missing"], [])
+                  odd.source.splits, clean["missing"], [])
 
 
-def test_strict_allows_what_is_used_all_the_same(world: World) -> None:
-    """Mended, repeated and wordless captions are no error; rejected, missing, unreadable are."""
-    harmless = collect_issues(source_with(world), None, *world.sets)
-    assert {kind for kind, found in harmless.items() if found} == HARMLESS
+def test_strict_allows_what_is_used_anyway(odd: OddData) -> None:
+    """Fixed, repeated and wordless captions are no error; rejected, missing, unreadable are."""
+    harmless = collect_issues(source_with(odd), None, *odd.sets)
+    assert {kind for kind, found in harmless.items() if found} == HARMLESS - {
+        "images found by another name", "images in no split file"}
     check_strict(harmless)
-    remark = world.source.missing[0]
-    for remarks in (collect_issues(source_with(world, missing=[remark])),
-                    collect_issues(source_with(world, rejected=[remark])),
-                    collect_issues(source_with(world), world.store)):
+    issue = odd.source.missing[0]
+    for issues in (collect_issues(source_with(odd, missing=[issue])),
+                    collect_issues(source_with(odd, rejected=[issue])),
+                    collect_issues(source_with(odd), odd.store)):
         with pytest.raises(UserError, match="--strict") as raised:
-            check_strict(remarks)
+            check_strict(issues)
         assert raised.value.status == 1
 
 
-def flags(world: World, tmp_path: Path) -> list[str]:
-    """Where the world is."""
-    return ["--images", str(world.images), "--annotations", str(world.annotations),
+def flags(odd: OddData, tmp_path: Path) -> list[str]:
+    """Where the data is."""
+    return ["--images", str(odd.images), "--annotations", str(odd.annotations),
             "--results-dir", str(tmp_path / "results"), "--val-fraction", "0.2",
             "--image-size", "32"]
 
 
 def test_main_names_what_is_wrong(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+    odd: OddData, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Exit status 1 and each kind with its count; with --strict every unreadable photo too; and no
-    name steers the terminal."""
-    assert main_script.main(flags(world, tmp_path)) == 1
+    """Exit status 1 and each kind with its count; with --strict every unreadable image too; and no
+    name controls the terminal."""
+    assert main_script.main(flags(odd, tmp_path)) == 1
     out = capsys.readouterr().out
-    read = world.source.annotations
+    read = odd.source.annotations
     assert f"{len(read.rejected)} caption rows were rejected" in out
-    assert f"{len(world.source.missing)} photos are missing" in out
-    assert main_script.main([*flags(world, tmp_path), "--strict"]) == 1
+    assert f"{len(odd.source.missing)} images are missing" in out
+    assert main_script.main([*flags(odd, tmp_path), "--strict"]) == 1
     strict = capsys.readouterr().out
-    assert f"{len(world.store.rows)} of {len(world.names)} can be read" in strict
-    for name in world.store.failed:
+    assert f"{len(odd.store.rows)} of {len(odd.names)} images can be read" in strict
+    for name in odd.store.failed:
         assert name in strict
     assert all(c.isprintable() or c == "\n" for c in out + strict)
 
 
-def test_training_goes_on_with_the_rest(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_training_uses_the_rest(
+    odd: OddData, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """One epoch over all that can be read; with --strict an error with exit status 1 instead."""
     small = ["--cache-dir", str(tmp_path / "cache"), "--weights", "none", "--batch-size", "8",
              "--embed-dim", "16", "--token-dim", "16", "--epochs", "1", "--device", "cpu"]
-    assert train.main([*flags(world, tmp_path), *small]) == 0
+    assert train.main([*flags(odd, tmp_path), *small]) == 0
     assert (tmp_path / "results" / "rejected.csv").stat().st_size > 1000
     assert "images unreadable" in capsys.readouterr().out
     with pytest.raises(UserError, match="--strict") as raised:
-        train.main([*flags(world, tmp_path / "strict"), *small, "--strict"])
+        train.main([*flags(odd, tmp_path / "strict"), *small, "--strict"])
     assert raised.value.status == 1
 
 
 @pytest.mark.parametrize("name", other_files())
-def test_other_files_are_refused(world: World, tmp_path: Path, name: str) -> None:
+def test_other_files_are_refused(odd: OddData, tmp_path: Path, name: str) -> None:
     """Not a caption file: one message that names it."""
     (tmp_path / name).write_bytes(other_files()[name])
     with pytest.raises(UserError, match=name):
-        scan_dataset(world.images, tmp_path / name, 0.1, seed=0)
+        scan_dataset(odd.images, tmp_path / name, 0.1, seed=0)
 
 
 @pytest.mark.parametrize("text", [*BAD_NAMES, "фото", "\x1b[2J", "\ud800", "\u202e", "\x9b"])
-def test_printable_text_steers_no_terminal(text: str) -> None:
-    """No control, no direction mark, nothing that cannot be encoded; other text as it is."""
+def test_printable_text_controls_no_terminal(text: str) -> None:
+    """No control or direction mark, nothing that cannot be encoded; other text is unchanged."""
     shown = printable(text)
     assert all(c.isprintable() or c == "\n" for c in shown)
     assert shown.encode().decode() == shown
@@ -192,7 +194,7 @@ def test_printable_text_steers_no_terminal(text: str) -> None:
 
 
 def run(code: str, *pipe: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script's lines under run_script, its output into `pipe`."""
+    """Run a line under run_script, with a closed output if `pipe` is given."""
     script = f"from src.utils.errors import *\ndef main():\n    {code}\nrun_script(main)"
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
@@ -205,7 +207,7 @@ def run(code: str, *pipe: str, **environment: str) -> subprocess.CompletedProces
 
 
 def test_a_script_ends_with_a_message_and_a_status() -> None:
-    """0 or its own; a UserError's 2, or what it says; never a traceback for them."""
+    """0 or its own; 2 or its own status for a UserError; without a traceback."""
     assert run("return 0").returncode == 0
     ended = run("return 3")
     assert (ended.returncode, ended.stderr) == (3, b"")
@@ -216,14 +218,14 @@ def test_a_script_ends_with_a_message_and_a_status() -> None:
     assert b"Traceback" in run("return 1 / 0").stderr
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    """`python search.py … | head` ends without a traceback."""
+def test_a_closed_pipe_is_no_error() -> None:
+    """`python search.py ... | head` ends without a traceback."""
     ended = run("print('x' * 10**6); return 0", "closed")
     assert ended.returncode == 141 and ended.stderr == b""
 
 
-def test_any_name_is_printed_on_any_screen() -> None:
-    """Names that are not UTF-8, and screens that have no such letters, are no error."""
+def test_any_name_is_printed_with_any_encoding() -> None:
+    """Names that are not UTF-8, and encodings that lack a letter, are no error."""
     ended = run("print('\\udcff \\u0444'); return 0", PYTHONIOENCODING="ascii")
     assert (ended.returncode, ended.stdout) == (0, b"\\udcff \\u0444\n")
 
@@ -234,3 +236,43 @@ def test_run_script_exits(status: int) -> None:
     with pytest.raises(SystemExit) as raised:
         run_script(lambda: status)
     assert raised.value.code == status
+
+
+def source_with_issues() -> DataSource:
+    """Return a source with an issue of each kind."""
+    fixed = [DataIssue("line 4", "a.jpg", "the second | was missing", "a.jpg| 4   A dog")]
+    rejected = [DataIssue("line 7", "b.jpg", "empty caption"),
+                DataIssue("line 9", "", "not a row", 'quote " comma , caf\udce9 狗\nline')]
+    read = Annotations("results.csv", [], 1234, fixed, rejected)
+    missing = [DataIssue("images", "gone.jpg", "no such image")]
+    return DataSource(Path("images"), read, {}, missing, [])
+
+
+def test_rejected_csv_has_a_row_per_issue(tmp_path):
+    """The CSV file reads back to the issues, and the summary counts each kind."""
+    store = PixelStore(np.zeros((0, 2, 2, 3), np.uint8), {}, {"bad.jpg": "truncated"})
+    path = tmp_path / "rejected.csv"
+    summary = write_rejected(path, source_with_issues(), store)
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["kind", "where", "name", "reason", "text"],
+        ["caption rows fixed", "line 4", "a.jpg", "the second | was missing",
+         "a.jpg| 4   A dog"],
+        ["caption rows rejected", "line 7", "b.jpg", "empty caption", ""],
+        ["caption rows rejected", "line 9", "", "not a row",
+         'quote " comma , caf\\udce9 狗\nline'],
+        ["images missing", "images", "gone.jpg", "no such image", ""],
+        ["images unreadable", "images", "bad.jpg", "truncated", ""],
+    ]
+    for part in ("1,234 captions", "1 caption rows fixed", "2 caption rows rejected",
+                 "1 images missing", "1 images unreadable", str(path)):
+        assert part in summary
+
+
+def test_input_without_issues_is_reported_so(tmp_path):
+    """Without issues the CSV file has only its header, and the summary counts the captions."""
+    source = DataSource(Path("images"), Annotations("results.csv", [], 5), {}, [], [])
+    summary = write_rejected(tmp_path / "rejected.csv", source)
+    assert summary == "input: 5 captions; nothing rejected"
+    assert (tmp_path / "rejected.csv").read_text().splitlines() == ["kind,where,name,reason,text"]

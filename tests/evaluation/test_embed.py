@@ -1,4 +1,4 @@
-"""Embedding a split and scoring it, against one photo and one caption at a time."""
+"""Embedding and scoring a split, compared with one image and one caption at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from src.evaluation.embed import embed_images, embed_pixels, embed_tokens, evalu
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 
-COUNTS = (3, 1, 5, 2, 4, 1, 2)  # captions of each photo
+COUNTS = (3, 1, 5, 2, 4, 1, 2)  # captions of each image
 
 
 @pytest.fixture(scope="module")
 def dataset() -> Flickr30kDataset:
-    """Seven photos with an uneven number of captions, noise around a color; others beside them."""
+    """Seven images with different numbers of captions, each noise around a color."""
     rng = np.random.default_rng(0)
     # No two captions of the same words in another order: rounding would decide which is nearer.
     texts = list(combinations(["dog", "man", "sea", "red", "two", "girl", "ball", "snow"], 3))
@@ -39,19 +39,19 @@ def dataset() -> Flickr30kDataset:
 
 @pytest.fixture
 def model() -> DualEncoder:
-    """A dual encoder in training mode whose features tell photos apart, as after training."""
+    """A dual encoder in training mode whose features of the images differ, as after training."""
     torch.manual_seed(0)
     model = DualEncoder(ModelConfig(vocab_size=10, image_size=32, token_dim=12, embed_dim=8))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the plain mean: what one batch has is what evaluation takes
+            module.momentum = None  # the plain mean: evaluation uses the statistics of one batch
     with torch.no_grad():
         model.image_encoder(torch.randn(16, 3, 32, 32) + torch.randn(16, 3, 1, 1))
     return model.train()
 
 
 def one_by_one(model: DualEncoder, dataset: Flickr30kDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each photo and each caption alone through the model in eval mode."""
+    """Embed each image and each caption alone with the model in eval mode."""
     model.eval()
     with torch.no_grad():
         images = [model.encode_image(eval_transform(dataset.pixels(np.array([i])), 32))
@@ -63,7 +63,7 @@ def one_by_one(model: DualEncoder, dataset: Flickr30kDataset) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 128])
 def test_batches_change_no_embedding(model, dataset, monkeypatch, batch_size):
-    """Photos in batches of any size come out as they do alone, in the order of the records."""
+    """Images in batches of any size have the embeddings that they have alone, in order."""
     images, texts = one_by_one(model, dataset)
     monkeypatch.setattr(retrieval, "BATCH_SIZE", batch_size)
     embedded = embed_images(model, dataset)
@@ -74,8 +74,8 @@ def test_batches_change_no_embedding(model, dataset, monkeypatch, batch_size):
 
 
 def test_bfloat16_embeds_nearly_the_same(model, dataset, monkeypatch):
-    """In bfloat16 a random tower, whose features are all but lost in rounding, keeps a cosine of
-    0.995; `benchmarks/embed.py` measures trained ones, which keep 0.999."""
+    """In bfloat16 a random model, whose features are nearly lost in rounding, keeps a cosine of
+    0.995; `benchmarks/embed.py` measures trained models, which keep 0.999."""
     exact = embed_images(model, dataset)
     monkeypatch.setattr("src.utils.runtime.cpu_has_bfloat16", lambda: True)
     rounded = embed_images(model, dataset)
@@ -84,8 +84,8 @@ def test_bfloat16_embeds_nearly_the_same(model, dataset, monkeypatch):
     torch.testing.assert_close(rounded.norm(dim=1), torch.ones(len(rounded)))
 
 
-def test_embed_pixels_takes_the_centre(model, dataset):
-    """Stored squares are a little larger than the input; their rims have no say."""
+def test_embed_pixels_takes_the_center(model, dataset):
+    """Stored images are a little larger than the input; their borders have no influence."""
     model.eval()
     pixels = dataset.pixels(np.array([2]))
     framed = torch.zeros_like(pixels)
@@ -94,7 +94,8 @@ def test_embed_pixels_takes_the_centre(model, dataset):
 
 
 def test_evaluation_equals_brute_force(model, dataset):
-    """The metrics of a split are those of ranks counted one by one; the model is left in eval."""
+    """The metrics of a split are those of ranks counted one by one; the model is left in eval
+    mode."""
     images, texts = one_by_one(model, dataset)
     table = (texts.double() @ images.double().T).tolist()
     owner = [i for i, count in enumerate(COUNTS) for _ in range(count)]
@@ -116,7 +117,7 @@ def test_evaluation_equals_brute_force(model, dataset):
 
 
 def test_evaluation_is_the_same_twice(model, dataset):
-    """No dropout, no random crop, no moving statistics: evaluating changes nothing."""
+    """Evaluation has no dropout or random crop, and does not change the model."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert evaluate_retrieval(model, dataset) == evaluate_retrieval(model, dataset)
     assert [key for key, value in model.state_dict().items()

@@ -40,7 +40,7 @@ def model_and_tokenizer() -> tuple[DualEncoder, Tokenizer]:
 def table(model_and_tokenizer: tuple[DualEncoder, Tokenizer]) -> WordTable:
     """Return the word table of that model."""
     model, tokenizer = model_and_tokenizer
-    return WordTable("x", tokenizer.words, 8, {}, model.word_embeddings().numpy())
+    return WordTable("x", tokenizer.words, {}, model.word_embeddings().numpy())
 
 
 def test_contributions_sum_to_the_score(table: WordTable) -> None:
@@ -64,10 +64,13 @@ def test_embedding_equals_encode_text(
         np.testing.assert_allclose(query.embedding, alone, atol=1e-6)
 
 
-def test_words_beyond_the_context_length_are_ignored(table: WordTable) -> None:
-    """Only the words that the model reads are listed."""
-    (query,) = embed_queries(table, [QUERIES[-1]])
-    assert query.words == ["circle"] * 8
+def test_a_query_has_no_length_limit(table: WordTable) -> None:
+    """Words after the context length of training count too: a query is the mean of its words."""
+    query, short = embed_queries(table, ["a " * 34 + "circle", "circle"])
+    assert query.words == ["a"] * 34 + ["circle"]
+    expected = 34 * table.vectors[table.ids["a"]] + table.vectors[table.ids["circle"]]
+    np.testing.assert_allclose(query.embedding, expected / np.linalg.norm(expected), atol=1e-6)
+    assert not np.allclose(query.embedding, short.embedding)
 
 
 def test_unknown_words_are_named_once_in_order(table: WordTable) -> None:
@@ -180,8 +183,7 @@ def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: Wor
     for expected in (1, 1):
         found = load_words(tmp_path / "index", checkpoint, load)
         assert len(loads) == expected
-        assert (found.words, found.context_length, found.args) == (
-            table.words, 8, {"images": "photos", "seed": 3})
+        assert (found.words, found.args) == (table.words, {"images": "photos", "seed": 3})
         np.testing.assert_array_equal(found.vectors, table.vectors)
     model, tokenizer, _ = load_checkpoint(checkpoint)
     with torch.no_grad():
@@ -195,7 +197,7 @@ def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: Wor
 
 @pytest.mark.parametrize("change", [
     {"words": ["<pad>"]}, {"words": 5}, {"words": [1] * 8}, {"words": ["a"] * 8}, {"args": []},
-    {"args": None}, {"context_length": "8"}, {"context_length": None}, {"embeddings": "c.pth"},
+    {"args": None}, {"embeddings": "c.pth"},
     {"embeddings": "/dev/zero"},
 ], ids=str)
 def test_a_damaged_word_table_is_built_again(

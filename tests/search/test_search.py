@@ -197,7 +197,7 @@ def test_evaluate_equals_a_brute_force_loop(
         records = split_by_image(records, 0.25, 3)["val"]
     captions = [caption for record in records for caption in record.captions]
     owners = [i for i, record in enumerate(records) for _ in record.captions]
-    assert (report["photos"], report["captions"]) == (len(records), len(captions))
+    assert (report["images"], report["captions"]) == (len(records), len(captions))
     squares = np.stack([load_resized(images / r.name, store_size(32)) for r in records])
     photos = embed_pixels(model, torch.from_numpy(squares))
     with torch.no_grad():
@@ -210,5 +210,5 @@ def test_evaluate_equals_a_brute_force_loop(
 
 def test_evaluate_refuses_a_missing_split(trained: list[str]) -> None:
     """A missing split is reported with the available ones."""
-    with pytest.raises(UserError, match="no test photos; there are: train, val"):
+    with pytest.raises(UserError, match="no test images, only: train, val"):
         evaluate.main(["--split", "test", *trained])

@@ -1,6 +1,6 @@
-"""Photos, names, captions and files of every odd and hostile kind, and what must become of each.
+"""Odd and malicious images, names, captions and files, with the expected outcome of each.
 
-Tests and `tests/stress/faults.py` put them in front of the scripts.
+Used by the tests of `src/data` and by `tests/stress/faults.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.tiny_data import noise
 
 READ, UNREADABLE, MISSING, REJECTED = ("read", "images unreadable", "images missing",
                                        "caption rows rejected")
@@ -43,10 +45,8 @@ GOOD_CAPTIONS = [
 
 
 def plain(seed: int, height: int = 40, width: int = 40) -> Image.Image:
-    """A image of a color with some noise."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, 3) + rng.integers(-30, 30, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    """Return an ordinary image."""
+    return Image.fromarray(noise(seed, height, width))
 
 
 def make_profile(
@@ -81,13 +81,13 @@ def swapped_profile() -> bytes:
 
 
 def flat_jpeg(side: int) -> bytes:
-    """A whole gray JPEG of any side that 16 divides, without the memory to make one."""
+    """Return a valid gray JPEG of side x side pixels, side divisible by 16, without decoding it."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 128).save(buffer, "JPEG")
     content = buffer.getvalue()
     size, scan = content.index(b"\xff\xc0") + 5, content.index(b"\xff\xda") + 2
     scan += struct.unpack(">H", content[scan : scan + 2])[0]
-    # A block like the one before it is 001010 in JPEG's standard codes; four of them, three bytes.
+    # A block that equals the previous one has the standard JPEG code 001010: three bytes for four.
     return (content[:size] + struct.pack(">HH", side, side) + content[size + 4 : scan]
             + b"\x28\xa2\x8a" * (side // 16) ** 2 + b"\xff\xd9")
 
@@ -98,14 +98,14 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def huge_png(side: int = 30_000) -> bytes:
-    """A file of a few bytes that claims side x side pixels."""
+    """Return a PNG file of a few bytes whose header claims side x side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
             + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
 
 
 def huge_jpeg(side: int = 30_000) -> bytes:
-    """A small file that claims side x side pixels, progressive: gigabytes while it is decoded."""
+    """Return a small progressive JPEG that claims side x side pixels: gigabytes to decode."""
     content = bytearray(encoded(plain(0), "JPEG", progressive=True))
     header = content.index(b"\xff\xc2")
     content[header + 5 : header + 9] = struct.pack(">HH", side, side)
@@ -113,14 +113,14 @@ def huge_jpeg(side: int = 30_000) -> bytes:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The image as a file."""
+    """Return an image as the content of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def write_photos(folder: Path) -> dict[str, str]:
-    """Write photos of every odd kind below `folder`: name -> what must become of it."""
+def write_odd_images(folder: Path) -> dict[str, str]:
+    """Write odd images below `folder`, and return the expected outcome of each name."""
     clear = plain(1).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize((40, 40)))
     exif = Image.Exif()
@@ -144,7 +144,7 @@ def write_photos(folder: Path) -> dict[str, str]:
         **{name: encoded(plain(11 + i), "PNG") for i, name in enumerate(GOOD_NAMES)},
     }
     bad = {
-        "empty.jpg": b"", "text.jpg": b"no image\n", "cut.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"", "text.jpg": b"not an image\n", "cut.jpg": whole[: len(whole) // 2],
         "bytes.jpg": bytes(range(256)), "start.jpg": whole[:20], "huge.png": huge_png(),
         "huge.jpg": huge_jpeg(), "page.html.jpg": b"<html><img src=x onerror=alert(1)>",
         "vector.jpg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -163,33 +163,36 @@ def write_photos(folder: Path) -> dict[str, str]:
     (folder / "link to nothing.png").symlink_to(folder / "nothing")
     return {**dict.fromkeys(good, READ), **dict.fromkeys(bad, UNREADABLE), "link within.png": READ,
             "link out.png": UNREADABLE, "folder.jpg": MISSING, "pipe.jpg": MISSING,
-            "link to nothing.png": MISSING, "nowhere.jpg": MISSING}
+            "link to nothing.png": MISSING, "missing.jpg": MISSING}
 
 
-def write_world(folder: Path, n_plain: int = 24) -> tuple[Path, Path, dict[str, str], int]:
-    """Plain photos among all that is odd: (images, annotations, what must become, bad captions).
+def write_odd_dataset(
+    folder: Path, n_plain: int = 24
+) -> tuple[Path, Path, dict[str, str], int]:
+    """Write a dataset of ordinary and odd images.
 
-    What must become is of photos and names; of the bad captions, which are of a plain photo, every
-    one is rejected.
+    Returns:
+        The image folder, the caption file, the expected outcome of each image name, and the number
+        of bad captions, which all belong to an ordinary image and are to be rejected.
     """
     images, annotations = folder / "images", folder / "captions.json"
     images.mkdir(parents=True)
-    outcomes = write_photos(images) | BAD_NAMES
+    outcomes = write_odd_images(images) | BAD_NAMES
     for i in range(n_plain):
         outcomes[f"plain {i}.jpg"] = READ
         (images / f"plain {i}.jpg").write_bytes(encoded(plain(1000 + i), "JPEG"))
     counts = {"one.png": 1, "gray.png": 50}
-    photos = [{"filename": name, "sentences": [
+    entries = [{"filename": name, "sentences": [
         {"raw": f"A {'red' if i % 2 else 'blue'} thing number {i} ."}
         for i in range(counts.get(name, 2 if outcomes[name] == READ else 1))]} for name in outcomes]
-    photos.append({"filename": "plain 0.jpg",
-                   "sentences": [{"raw": caption} for caption in GOOD_CAPTIONS + BAD_CAPTIONS]})
-    annotations.write_text(json.dumps({"images": photos}))
+    entries.append({"filename": "plain 0.jpg",
+                    "sentences": [{"raw": caption} for caption in GOOD_CAPTIONS + BAD_CAPTIONS]})
+    annotations.write_text(json.dumps({"images": entries}))
     return images, annotations, outcomes, len(BAD_CAPTIONS)
 
 
 def packed(files: dict[str, str]) -> bytes:
-    """A zip file, as .xlsx is one."""
+    """Return a zip archive, such as an .xlsx file is."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
@@ -198,7 +201,7 @@ def packed(files: dict[str, str]) -> bytes:
 
 
 def other_files() -> dict[str, bytes]:
-    """Files that are no caption file, by name."""
+    """Return the contents of files that are not caption files, by name."""
     return {
         "empty.csv": b"", "blank.csv": b" \n\r\n\t", "mark.csv": b"\xef\xbb\xbf",
         "photo.csv": encoded(plain(0), "JPEG"), "image.csv": encoded(plain(0), "PNG"),

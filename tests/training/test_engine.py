@@ -1,4 +1,4 @@
-"""One epoch of training: it learns, and it is a function of its seed."""
+"""One epoch of training: it learns, and its result is a function of the seed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
 from src.training import engine
-from src.training.engine import Progress, forward_backward, train_one_epoch
+from src.training.engine import (
+    Progress,
+    check_batch_size,
+    forward_backward,
+    train_one_epoch,
+)
 from src.training.optim import build_optimizer, build_schedule
+from src.utils.distributed import split_evenly
 from src.utils.errors import UserError
 from src.utils.runtime import grad_scaler, seed_all
 
@@ -28,7 +34,7 @@ COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white"
 
 @pytest.fixture(scope="module")
 def colors() -> Flickr30kDataset:
-    """Four photos of one color each, with two captions that name it."""
+    """Four images of one color each, with two captions that name it."""
     pixels = np.empty((4, 36, 36, 3), np.uint8)
     pixels[:] = np.array(list(COLORS.values()))[:, None, None]
     records = [ImageRecord(f"{name}.jpg", (f"all {name}", f"{name} and only {name}"))
@@ -47,9 +53,9 @@ def make_model(seed: int = 0, **config) -> DualEncoder:
 
 def train(dataset: Flickr30kDataset, epochs: int, seed: int = 0, lr: float = 5e-4, drawn: int = 0,
           **options):
-    """A fresh model trained for some epochs: the model and how each epoch ended.
+    """Train a new model for some epochs; return it, the progress of each epoch, the scheduler.
 
-    Before the first epoch some random numbers were `drawn` elsewhere.
+    `drawn` random numbers are drawn before the first epoch.
     """
     model = make_model()
     optimizer = build_optimizer(model, lr, 0.01)
@@ -69,12 +75,12 @@ def loss_of(progress: Progress) -> float:
 
 @pytest.fixture(scope="module")
 def trained(colors):
-    """The run that the tests below compare with."""
+    """A trained model, the progress of its epochs, and the scheduler."""
     return train(colors, epochs=10)
 
 
-def test_a_tiny_set_is_learnt_by_heart(trained):
-    """On four photos of one color each the loss starts above ln 4 and falls far below it."""
+def test_a_tiny_dataset_is_memorized(trained):
+    """On four images of one color each the loss starts above ln 4 and falls far below it."""
     _, results, _ = trained
     assert loss_of(results[0]) > math.log(4)
     assert min(map(loss_of, results[-3:])) < math.log(4) / 4
@@ -92,7 +98,7 @@ def test_the_progress_of_an_epoch(trained):
 
 
 def test_loss_is_the_mean_over_the_steps(colors, monkeypatch):
-    """The epoch's loss is the mean of its steps' losses, one step as much as another."""
+    """The epoch's loss is the mean of the losses of its steps."""
     seen = []
 
     def spy(*args):
@@ -107,8 +113,8 @@ def test_loss_is_the_mean_over_the_steps(colors, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit(colors):
-    """Two runs of one seed end with equal weights and losses, whatever was drawn in between;
-    another seed ends elsewhere."""
+    """Two runs with one seed end with equal weights and losses, whatever random numbers were drawn
+    before; a run with another seed does not."""
     states, losses = [], []
     for drawn, seed in enumerate((0, 0, 1)):
         model, results, _ = train(colors, epochs=1, seed=seed, drawn=drawn)
@@ -120,23 +126,23 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(colors):
     assert [key for key in first if not torch.equal(first[key], other[key])] != []
 
 
-def test_all_captions_of_a_photo_in_one_step(colors):
-    """With captions_per_image 2 the same captions take half the steps, and are learnt too."""
+def test_all_captions_of_an_image_in_one_step(colors):
+    """With captions_per_image 2 the same captions take half of the steps, and are learned too."""
     _, results, scheduler = train(colors, epochs=15, captions_per_image=2)
     assert results[0].pairs == 8
     assert scheduler.last_epoch == 15
-    # A photo is to spread over its two captions, so its direction cannot fall below ln 2.
+    # The target of an image is uniform over its two captions, so that half is at least ln 2.
     assert math.log(2) / 2 < min(map(loss_of, results[-3:])) < math.log(2) / 2 + 0.4
 
 
-def test_logit_scale_stays_in_its_bounds(colors):
-    """Steps that would take the scale far out of its bounds leave it on one of them."""
+def test_logit_scale_is_clamped(colors):
+    """Steps that would move the scale far out of its bounds leave it at one of them."""
     model, _, _ = train(colors, epochs=1, lr=10.0)
     assert model.logit_scale.item() in (0, pytest.approx(math.log(100)))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(colors):
-    """A loss that is not finite ends the epoch; the message says where, which photos, the cure."""
+def test_a_loss_that_is_not_finite_stops_the_run(colors):
+    """A loss that is not finite ends the epoch; the message names step, images and cure."""
     model = make_model()
     model.text_projection.linear.weight.data.fill_(torch.nan)
     optimizer = build_optimizer(model, 1e-3, 0.0)
@@ -151,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_run(colors):
 
 
 def test_the_first_bad_step_is_named(colors, monkeypatch):
-    """Where the loss is read only now and then, the step that broke it is named all the same."""
+    """If the loss is checked only after several steps, the first step that broke it is named."""
     monkeypatch.setattr(engine, "CHECK_SECONDS", math.inf)
     losses = iter([1.0, math.inf, 1.0, math.nan])
     monkeypatch.setattr(engine, "forward_backward", lambda *_, **__: torch.tensor(next(losses)))
@@ -166,8 +172,8 @@ def test_the_first_bad_step_is_named(colors, monkeypatch):
 
 
 @pytest.mark.parametrize("left_after", [1, 2, 3])
-def test_an_epoch_left_in_its_middle_goes_on_bit_by_bit(colors, left_after):
-    """Left after any step and taken up with another model object and its state: the same end."""
+def test_an_interrupted_epoch_continues_bit_by_bit(colors, left_after):
+    """Interrupted after any step and continued with another model object: the same bits."""
     options = dict(batch_size=2, captions_per_image=1, flip=True, seed=0, epoch=1)
 
     def parts(model):
@@ -194,22 +200,44 @@ def test_an_epoch_left_in_its_middle_goes_on_bit_by_bit(colors, left_after):
             if not torch.equal(value, other.state_dict()[name])] == []
 
 
+@pytest.mark.parametrize("stop_at", [1, 3, 99])
+def test_after_step_sees_each_step_and_can_stop(colors, stop_at):
+    """One call trains: after_step is called after each update of the weights, and True stops."""
+    model = make_model()
+    optimizer = build_optimizer(model, 1e-3, 0.0)
+    scheduler = build_schedule(optimizer, 0, 9, "constant")
+    weights = [model.text_projection.linear.weight.detach().clone()]
+    steps = []
+
+    def after_step(progress: Progress) -> bool:
+        steps.append(progress.step)
+        weights.append(model.text_projection.linear.weight.detach().clone())
+        return progress.step == stop_at
+
+    progress = train_one_epoch(
+        model, colors, optimizer, scheduler, grad_scaler(torch.device("cpu")), batch_size=2,
+        captions_per_image=1, flip=True, seed=0, epoch=1, after_step=after_step)
+    assert steps == list(range(1, min(stop_at, 4) + 1))  # 8 captions in batches of 2
+    assert progress.step == scheduler.last_epoch == len(steps)
+    assert not any(torch.equal(*pair) for pair in zip(weights, weights[1:], strict=False))
+
+
 # The gradient in chunks
 
 
 def gradients(dataset: Flickr30kDataset, chunk_size: int | None, **config):
-    """Loss and gradients of one batch with frozen BatchNorm, by `backward`."""
+    """Return loss and gradients of one batch with frozen BatchNorm, by `forward_backward`."""
     model = make_model(**config).train()
     model.image_encoder.freeze_batchnorm()
     batch = dataset.batch(sample_batches(dataset, 4, 2, 0, 1)[0])
-    loss = forward_backward(model, grad_scaler(torch.device("cpu")), batch, flip=True, key=(0, 1, 0),
-                    chunk_size=chunk_size)
+    loss = forward_backward(model, grad_scaler(torch.device("cpu")), batch, flip=True,
+                            key=(0, 1, 0), chunk_size=chunk_size)
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5])
 def test_chunks_give_the_gradient_of_the_whole_batch(colors, chunk_size):
-    """However the batch is cut, loss and every gradient are those of the batch in one piece."""
+    """For any chunk size the loss and every gradient are those of the whole batch."""
     still = dict(dropout=0.0, drop_connect=0.0)
     loss, expected = gradients(colors, None, **still)
     its_loss, found = gradients(colors, chunk_size, **still)
@@ -220,9 +248,9 @@ def test_chunks_give_the_gradient_of_the_whole_batch(colors, chunk_size):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_chunks_replay_what_was_dropped(colors):
-    """With dropout too the gradient is that of the loss: pieces embedded with a graph each, joined,
-    and one backward through all of them."""
+def test_chunks_repeat_their_dropout_masks(colors):
+    """With dropout too the gradient is that of the loss: chunks embedded with a graph each,
+    concatenated, and one backward pass through all of them."""
     loss, found = gradients(colors, 2, dropout=0.4, drop_connect=0.4)
     model = make_model(dropout=0.4, drop_connect=0.4).train()
     model.image_encoder.freeze_batchnorm()
@@ -245,8 +273,8 @@ def test_chunks_replay_what_was_dropped(colors):
 
 
 def test_frozen_batchnorm_keeps_its_statistics(colors):
-    """The running statistics stay to the bit where BatchNorm is frozen, and move where it is not;
-    its scales are learnt in both."""
+    """Frozen BatchNorm leaves its running statistics as they are to the bit; otherwise they change.
+    Its scales are trained in both cases."""
     fresh = make_model().image_encoder.backbone._bn0
     for frozen in (True, False):
         model, _, _ = train(colors, epochs=1, freeze_batchnorm=frozen)
@@ -255,8 +283,8 @@ def test_frozen_batchnorm_keeps_its_statistics(colors):
         assert not torch.equal(norm.weight, fresh.weight)
 
 
-def test_training_on_features_leaves_the_image_encoder(colors):
-    """Features for pixels: the heads learn, and the image encoder stays to the bit."""
+def test_training_on_features_does_not_change_the_image_encoder(colors):
+    """With features instead of pixels the heads learn; the image encoder does not change."""
     torch.manual_seed(0)
     features = torch.randn(len(colors.records), 1280)
     model, results, _ = train(colors.with_images(features), epochs=15, lr=5e-3)
@@ -268,11 +296,46 @@ def test_training_on_features_leaves_the_image_encoder(colors):
                      "text_projection.linear.weight", "image_projection.linear.weight"}
 
 
-def test_the_model_is_left_where_it_was(trained):
-    """Training ends in training mode with every weight finite, and the running means have moved."""
+def test_the_model_after_training(trained):
+    """Training ends in training mode with finite weights; the running means have changed."""
     model, _, _ = trained
     assert model.training
     state = model.state_dict()
     assert [name for name, value in state.items() if not value.isfinite().all()] == []
     assert state["image_encoder.backbone._bn0.running_mean"].any()
     assert not state["text_encoder.embedding.weight"][Tokenizer.pad_id].any()
+
+
+# Batches that cannot be trained on
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size", "image_size", "n_ranks", "part"), [
+    (1, None, 224, 1, "no negatives"), (2, None, 224, 3, "without one"),
+    (9, 8, 32, 1, "single image"), (3, None, 32, 2, "single image"), (5, 2, 32, 2, "single image"),
+    (2, 1, 16, 1, "single image"),
+])
+def test_batches_that_are_too_small_are_refused(
+    monkeypatch, batch_size, chunk_size, image_size, n_ranks, part
+):
+    """A batch without negatives, a rank without an image, and a single image for BatchNorm are one
+    message that names the flag to change."""
+    monkeypatch.setattr("src.utils.distributed.world_size", lambda: n_ranks)
+    with pytest.raises(UserError, match=f"(?s){part}.*--batch-size"):
+        check_batch_size(batch_size, chunk_size, image_size, batchnorm_trained=True)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size", "image_size", "n_ranks", "trained"), [
+    (2, None, 32, 1, True), (9, 8, 33, 1, True), (9, 8, 32, 1, False), (3, None, 32, 2, False),
+    (8, 8, 32, 1, True), (10, 8, 32, 1, True), (5, 3, 32, 1, True), (7, 100, 32, 3, True),
+])
+def test_other_batches_are_trained_on(batch_size, chunk_size, image_size, n_ranks, trained,
+                                      monkeypatch, colors):
+    """Batches that are not refused do not raise in a step: chunks and ranks of other sizes, and a
+    single image where BatchNorm is frozen or has more than one value per channel."""
+    monkeypatch.setattr("src.utils.distributed.world_size", lambda: n_ranks)
+    check_batch_size(batch_size, chunk_size, image_size, trained)
+    encoder = make_model(image_size=image_size).image_encoder.train(trained)
+    for part in split_evenly(batch_size):
+        for start in range(0, len(part), chunk_size or len(part)):
+            size = len(part[start : start + (chunk_size or len(part))])
+            assert encoder(torch.randn(size, 3, image_size, image_size)).isfinite().all()

@@ -1,4 +1,4 @@
-"""Features of a frozen image encoder: computed once, and never taken for those of another."""
+"""Features of a frozen image encoder: computed once, and never used for another encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from src.utils.runtime import seed_all
 
 
 def make_dataset(seed: int = 0, photos: int = 7) -> Flickr30kDataset:
-    """Photos of noise, in rows of the store that are not in their order."""
+    """Return images of noise, in another order than the rows of the store."""
     pixels = np.random.default_rng(seed).integers(0, 256, (photos + 2, 34, 34, 3), np.uint8)
     records = [ImageRecord(f"{i}.jpg", (f"photo {i}",)) for i in range(photos)]
     store = PixelStore(pixels, {r.name: photos - i for i, r in enumerate(records)}, {})
@@ -29,14 +29,14 @@ def make_dataset(seed: int = 0, photos: int = 7) -> Flickr30kDataset:
 
 
 def make_encoder(seed: int = 0, flip_tta: bool = False) -> ImageEncoder:
-    """An encoder with the weights of `seed`."""
+    """Return an encoder with the weights of `seed`."""
     seed_all(seed, "weights")
     return ImageEncoder("efficientnet-b0", 32, flip_tta=flip_tta)
 
 
 @pytest.fixture
 def count_passes(monkeypatch):
-    """How many photos have gone through any encoder so far, in a list of batch sizes."""
+    """The sizes of the batches that any encoder has computed so far."""
     seen = []
     original = ImageEncoder.forward
 
@@ -50,7 +50,7 @@ def count_passes(monkeypatch):
 
 
 def test_features_are_the_encoders(tmp_path, count_passes):
-    """Each row is what the encoder in eval mode gives for that photo alone."""
+    """Each row is what the encoder in eval mode returns for that image alone."""
     dataset, encoder = make_dataset(), make_encoder().train()
     found = frozen_features(tmp_path, encoder, dataset)
     assert found.shape == (7, encoder.feature_dim) and found.dtype == torch.float32
@@ -61,8 +61,8 @@ def test_features_are_the_encoders(tmp_path, count_passes):
 
 
 def test_features_are_computed_once(tmp_path, count_passes):
-    """A second call reads them; other weights, other pixels, fewer photos, or the mean over mirror
-    images compute their own."""
+    """A second call reads them; other weights, other pixels, fewer images or flip_tta compute
+    others."""
     first = frozen_features(tmp_path, make_encoder(), make_dataset())
     assert sum(count_passes) == 7
     assert torch.equal(frozen_features(tmp_path, make_encoder(), make_dataset()), first)
@@ -76,8 +76,8 @@ def test_features_are_computed_once(tmp_path, count_passes):
         assert not torch.equal(other, first[: len(other)])
 
 
-def test_an_interrupted_call_goes_on(tmp_path, count_passes, monkeypatch):
-    """What was saved before Ctrl-C is not computed again, and the result is the same."""
+def test_an_interrupted_call_is_continued(tmp_path, count_passes, monkeypatch):
+    """Features saved before Ctrl-C are not computed again, and the result is the same."""
     expected = frozen_features(tmp_path / "whole", make_encoder(), make_dataset())
     monkeypatch.setattr(features, "SAVE_BATCHES", 1)
     original = features._save
@@ -97,7 +97,7 @@ def test_an_interrupted_call_goes_on(tmp_path, count_passes, monkeypatch):
 
 
 def test_a_damaged_part_is_computed_again(tmp_path, count_passes):
-    """Bytes that are no array count for nothing."""
+    """A partial file that is not an array is ignored."""
     expected = frozen_features(tmp_path, make_encoder(), make_dataset())
     (path,) = tmp_path.glob("features_*.npy")
     path.rename(path.with_suffix(".part.npy"))
@@ -105,8 +105,8 @@ def test_a_damaged_part_is_computed_again(tmp_path, count_passes):
     assert torch.equal(frozen_features(tmp_path, make_encoder(), make_dataset()), expected)
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
-    """A file in the way is one message."""
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    """A file in place of the folder is a UserError."""
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match="cannot"):
         frozen_features(tmp_path / "cache", make_encoder(), make_dataset())

@@ -1,4 +1,4 @@
-"""Two processes over gloo, against one with the whole batch."""
+"""Several processes over gloo, compared with one process that has the whole batch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """A command in several processes of this machine, as a user starts it."""
+    """Run a command in several processes of this machine, as a user starts it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -59,7 +59,7 @@ def torchrun(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
 
 
 def make_dataset(photos: int) -> Flickr30kDataset:
-    """Photos of noise with one to three captions each."""
+    """Return images of noise with one to three captions each."""
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (photos, 36, 36, 3), dtype=torch.uint8).numpy()
     records = [ImageRecord(f"{i}.jpg", tuple(f"photo {i} word{j}" for j in range(1 + i % 3)))
@@ -70,10 +70,10 @@ def make_dataset(photos: int) -> Flickr30kDataset:
 
 
 def one_step(chunk_size: int | None) -> dict[str, torch.Tensor]:
-    """Loss, gradients, embeddings and metrics of an uneven batch of seven photos.
+    """Return loss, gradients, embeddings and metrics of an uneven batch of seven images.
 
-    By this process's share of them. BatchNorm's statistics are fixed and nothing is dropped, so
-    that sharing changes nothing.
+    This rank computes its part. BatchNorm is frozen and nothing is dropped, so the result does not
+    depend on the number of ranks.
     """
     dataset = make_dataset(7)
     seed_all(0, "weights")
@@ -82,15 +82,15 @@ def one_step(chunk_size: int | None) -> dict[str, torch.Tensor]:
     model.image_encoder.freeze_batchnorm()
     items = sample_batches(dataset, 7, 2, seed=0, epoch=1)[0]
     batch = dataset.batch(items, split_evenly(len(items))[rank()])
-    loss = forward_backward(model, grad_scaler(torch.device("cpu")), batch, flip=True, key=(0, 1, 0),
-                    chunk_size=chunk_size)
+    loss = forward_backward(model, grad_scaler(torch.device("cpu")), batch, flip=True,
+                            key=(0, 1, 0), chunk_size=chunk_size)
     found = {name: p.grad for name, p in model.named_parameters()}
     metrics = torch.tensor(list(evaluate_retrieval(model, dataset).values()))
     return {"loss": loss, "metrics": metrics, "embeddings": embed_images(model, dataset), **found}
 
 
 def worker(folder: Path, chunk_size: int | None) -> None:
-    """What each of the processes does: save what it found."""
+    """Check the collectives, and save what this rank computes."""
     init_distributed()
     assert world_size() > 1
     assert any_rank(rank() == 1) and not any_rank(False)
@@ -101,10 +101,16 @@ def worker(folder: Path, chunk_size: int | None) -> None:
     assert broadcast_object({"number": rank()}) == {"number": 0}
     torch.save(one_step(chunk_size), folder / f"{rank()}.pt")
     model = ImageEncoder("efficientnet-b0", 32).train()
-    model(torch.randn(4, 3, 32, 32) + rank())  # statistics of its own share …
-    own = model.backbone._bn0.running_mean.clone()
+    model.backbone._bn1.eval()  # frozen
+    features = model(torch.randn(4, 3, 32, 32) + rank())
+    features.sum().backward()  # gradients and statistics of its own part ...
+    layers = (model.backbone._bn0, model.backbone._bn1)
+    own = [tensor.clone() for layer in layers
+           for tensor in (layer.running_mean, layer.running_var, layer.weight.grad)]
     average_gradients(model)
-    torch.save([own, model.backbone._bn0.running_mean], folder / f"statistics {rank()}.pt")
+    averaged = [tensor for layer in layers
+                for tensor in (layer.running_mean, layer.running_var, layer.weight.grad)]
+    torch.save([own, averaged], folder / f"statistics {rank()}.pt")
     barrier()
     destroy_distributed()  # threads of the group that outlive Python abort the process
 
@@ -112,7 +118,7 @@ def worker(folder: Path, chunk_size: int | None) -> None:
 @pytest.mark.parametrize(("processes", "chunk_size"), [(2, None), (3, 2)])
 def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size):
     """Loss, all gradients, embeddings and metrics of each process equal those of one process with
-    the whole batch, also where the batch does not divide and each share is cut into chunks."""
+    the whole batch, also if its parts differ in size and are cut into chunks."""
     ran = torchrun(__file__, str(tmp_path), str(chunk_size or 0), processes=processes)
     assert ran.returncode == 0, ran.stderr
     expected = one_step(None)
@@ -123,18 +129,18 @@ def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size
             scale = value.abs().max().item() + 1e-6
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale,
                                        msg=lambda text, name=name: f"{name}: {text}")
-
-
-    own, shared = zip(*(torch.load(tmp_path / f"statistics {number}.pt", weights_only=True)
-                        for number in range(processes)), strict=True)
-    for statistics in shared:  # … become those of all
-        torch.testing.assert_close(statistics, torch.stack(own).mean(0))
-    assert not torch.allclose(own[0], shared[0])
+    own, averaged = zip(*(torch.load(tmp_path / f"statistics {number}.pt", weights_only=True)
+                          for number in range(processes)), strict=True)
+    for found in averaged:  # ... become the mean over the ranks
+        for value, parts in zip(found, zip(*own, strict=True), strict=True):
+            torch.testing.assert_close(value, torch.stack(parts).mean(0))
+    changed = [not torch.equal(*pair) for pair in zip(own[0], averaged[0], strict=True)]
+    assert changed == [True, True, True, False, False, True]  # a frozen layer has its gradient
 
 
 def test_torchrun_trains_as_one_process_does(tmp_path):
-    """train.py under torchrun: one writer, the same split and words, the same losses and recall as
-    alone (batch statistics fixed, nothing dropped), and one voice on the screen."""
+    """train.py under torchrun has the split, vocabulary, losses and recall of one process (with
+    frozen BatchNorm and nothing dropped); only rank 0 writes and prints."""
     images, annotations = make_tiny_data(tmp_path / "data")
     flags = ["--images", str(images), "--annotations", str(annotations), "--val-fraction", "0.25",
              "--image-size", "32", "--embed-dim", "16", "--token-dim", "24", "--weights", "none",
@@ -143,7 +149,7 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
              "--precision", "float32"]
     ran = torchrun("train.py", *flags, "--results-dir", str(tmp_path / "two"))
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("epoch 1: loss") == 1 and ran.stdout.count("train: 9 images") == 1
+    assert ran.stdout.count("\nepoch    loss") == 1 and ran.stdout.count("train: 9 images") == 1
     assert train.main([*flags, "--results-dir", str(tmp_path / "one")]) == 0
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
@@ -158,37 +164,39 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
-    """A process without a photo would have nothing to do: told with the cure, and no traceback."""
+    """A rank without an image is an error that names the cure, without a traceback."""
     images, annotations = make_tiny_data(tmp_path / "data")
     ran = torchrun("train.py", "--images", str(images), "--annotations", str(annotations),
-                   "--batch-size", "1", "--weights", "none", "--val-fraction", "0.25",
-                   "--image-size", "32", "--results-dir", str(tmp_path / "r"))
+                   "--batch-size", "2", "--weights", "none", "--val-fraction", "0.25",
+                   "--image-size", "32", "--results-dir", str(tmp_path / "r"), "--device", "cpu",
+                   processes=3)
     assert ran.returncode != 0
-    assert "error: a batch of 1 images leaves some of 2 processes without one" in ran.stderr
+    assert "error: a batch of 2 images leaves some of 3 processes without one" in ran.stderr
     assert "src/" not in ran.stderr
 
 
-# search.py with batches and pauses between saves of another size, in float32 as in all tests.
+# search.py with another batch size and time between saves, in float32 as in all tests.
 SEARCH = """
 import sys
 import search, src.search.update_index, src.utils.runtime
 from src.utils.errors import run_script
 src.utils.runtime.cpu_has_bfloat16 = lambda: False
-src.search.update_index.BATCH_SIZE, src.search.update_index.SAVE_SECONDS = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+src.search.update_index.BATCH_SIZE = int(sys.argv.pop(1))
+src.search.update_index.SAVE_SECONDS = float(sys.argv.pop(1))
 run_script(search.main)
 """
 
 
 def search_in_two(flags: list[str], *, batch_size: int = 64, save_seconds: float = 30.0
                   ) -> subprocess.CompletedProcess:
-    """`torchrun search.py …` in two processes."""
+    """Run `torchrun search.py ...` in two processes."""
     return torchrun("--no-python", sys.executable, "-c", SEARCH, str(batch_size), str(save_seconds),
                     *flags)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A model of random numbers and 150 photos, two of them unreadable; the flags of a search."""
+    """Make a random model and 150 images, two of them unreadable; return the flags of a search."""
     folder = tmp_path_factory.mktemp("trained")
     tokenizer = Tokenizer.from_captions(["a red thing"], 1, 6)
     torch.manual_seed(0)
@@ -199,16 +207,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(noise).save(path)
-    (folder / "photos" / "003.png").write_text("no picture")  # in the share of process 0 …
-    cut = folder / "photos" / "sub" / "149.png"  # … and of process 1
+    (folder / "photos" / "003.png").write_text("no picture")  # in the part of rank 0 ...
+    cut = folder / "photos" / "sub" / "149.png"  # ... and of rank 1
     cut.write_bytes(cut.read_bytes()[:200])
     return ["a red thing", "--json", "--device", "cpu", "--checkpoint", str(folder / "best.pth"),
             "--images", str(folder / "photos")]
 
 
 def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
-    """Two processes over uneven batches: names, embeddings, what could not be read and the answer
-    are those of one alone. Process 0 alone speaks, also where nothing is new any more."""
+    """Two processes with uneven batches find the names, embeddings, unreadable images and results
+    of one process. Only rank 0 prints, also in a second run that finds nothing new."""
     one, two = ([*trained, "--index-dir", str(tmp_path / name)] for name in ("one", "two"))
     runs = [search_in_two(two), search_in_two(two)]
     assert search.main(one) == 0
@@ -227,7 +235,7 @@ def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
 
 
 def test_a_failed_search_ends_all_its_processes(tmp_path, trained):
-    """Between two batches: one message, no traceback, no answer."""
+    """An error between two batches is one message, without a traceback or results."""
     (tmp_path / "index.json").mkdir()  # so that no index can be written
     ran = search_in_two([*trained, "--index-dir", str(tmp_path)], batch_size=8, save_seconds=-1.0)
     assert ran.returncode != 0 and ran.stdout == ""
@@ -235,9 +243,9 @@ def test_a_failed_search_ends_all_its_processes(tmp_path, trained):
     assert "src/" not in ran.stderr
 
 
-def test_the_others_end_by_themselves(tmp_path, trained):
-    """Process 0 fails while another waits for its work: that one ends, too, with nobody to kill it,
-    and leaves the message to process 0."""
+def test_the_other_ranks_end_by_themselves(tmp_path, trained):
+    """If rank 0 fails while another rank waits for it, that rank ends too, without being killed,
+    and only rank 0 prints the message."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -258,8 +266,8 @@ def test_the_others_end_by_themselves(tmp_path, trained):
     assert told[0][0] == told[1][0] == "" and "rror" not in told[1][1], told
 
 
-def test_alone_nothing_is_sent():
-    """Without torchrun there is a world of one, in which rows and flags come back as they are."""
+def test_one_process_communicates_nothing():
+    """Without torchrun the world size is 1, and rows and flags are returned as they are."""
     rows = torch.randn(3, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert all_gather_with_grad(rows, [3]) is rows
@@ -270,8 +278,8 @@ def test_alone_nothing_is_sent():
 
 @pytest.mark.parametrize("count", [0, 1, 5, 64])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_shares_differ_by_at_most_one(monkeypatch, count, world):
-    """Shares cover everything once, in order, and no process has much more to do than another."""
+def test_parts_differ_by_at_most_one(monkeypatch, count, world):
+    """The parts cover everything once and in order, and their lengths differ by at most one."""
     monkeypatch.setattr("src.utils.distributed.world_size", lambda: world)
     parts = split_evenly(count)
     assert [i for part in parts for i in part] == list(range(count))

@@ -1,4 +1,4 @@
-"""Whole-or-nothing writes, and locks."""
+"""Atomic writes, and locks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from src.utils.files import (
 
 
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
-    """Parents are made, the old content is gone, nothing else is left behind."""
+    """Parent folders are created, the old content is replaced, and no other file remains."""
     path = tmp_path / "a" / "b" / "file"
     write_atomic(path, b"a long first content")
     write_atomic(path, b"second")
@@ -34,7 +34,8 @@ def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """With a full disk at any step the old file is intact, no temporary stays, the size is told."""
+    """If the disk is full at any step the old file is intact, no temporary file remains, and the
+    message names the size."""
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
@@ -48,7 +49,7 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
-    """The same on a real disk of one megabyte; what fits is written afterwards."""
+    """The same on a real disk of one megabyte; content that fits can be written afterwards."""
     path = small_disk / "file"
     write_atomic(path, b"o" * 300_000)
     with pytest.raises(UserError, match=r"2,000,000 bytes.*No space"):
@@ -58,8 +59,8 @@ def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
     assert path.read_bytes() == b"n" * 600_000
 
 
-def test_a_read_only_folder_is_told(small_disk: Path) -> None:
-    """Nothing is written, and the file that was there is whole."""
+def test_a_read_only_folder_is_an_error(small_disk: Path) -> None:
+    """Nothing is written, and the existing file is intact."""
     write_atomic(small_disk / "file", b"old")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="cannot write .*Read-only"):
@@ -67,16 +68,16 @@ def test_a_read_only_folder_is_told(small_disk: Path) -> None:
     assert (small_disk / "file").read_bytes() == b"old"
 
 
-def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
-    """Half-written temporary files do not add up."""
+def test_the_temporary_file_of_a_killed_writer_is_overwritten(tmp_path: Path) -> None:
+    """Half-written temporary files do not accumulate."""
     (tmp_path / ".file.tmp").write_bytes(b"half of something longer than the new content")
     write_atomic(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-# Run by a process of its own, which forks: the k-th child ends itself by SIGKILL at its k-th call
-# of the system, until one gets to the end.
+# Run in a process of its own, which forks: the k-th child kills itself by SIGKILL at its k-th
+# system call, until one reaches the end.
 KILLED = """
 import builtins, fcntl, os, signal, sys
 from pathlib import Path
@@ -112,7 +113,7 @@ print("".join(outcomes))
 
 
 def test_a_writer_killed_at_every_call_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
-    """Old up to the renaming, new after it, and never anything else."""
+    """The old file before the renaming, the new one after it, and never anything else."""
     run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "file"], capture_output=True,
                          text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
@@ -120,8 +121,8 @@ def test_a_writer_killed_at_every_call_leaves_the_old_file_or_the_new(tmp_path: 
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
-    """A folder from a stranger may hold links under the names that we write: the files they lead
-    to stay as they are."""
+    """Where a folder holds symbolic links under the names that are written, the files that they
+    point to are not changed."""
     (tmp_path / "private").write_text("mine")
     for name in ("lock", ".lock", "file", ".other.tmp"):
         (tmp_path / name).symlink_to("private")
@@ -137,7 +138,8 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
-    """Whatever they do at once, the file is one of theirs, whole, and no temporary file is left."""
+    """With concurrent writers the file is always one of theirs, complete, and no temporary file
+    remains."""
     contents = [bytes([i]) * (200_000 + i) for i in range(4)]
     seen = set()
 
@@ -151,15 +153,15 @@ def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     assert seen == {True} and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
-    """Parents that cannot be made are the user's to mend."""
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    """A parent folder that cannot be created is a UserError."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "file" / "below", b"")
 
 
-def test_a_folder_in_place_of_the_file_is_told(tmp_path: Path) -> None:
-    """A folder is not replaced, and no temporary file stays beside it."""
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path: Path) -> None:
+    """A folder is not replaced, and no temporary file remains."""
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "folder", b"x")
@@ -168,7 +170,7 @@ def test_a_folder_in_place_of_the_file_is_told(tmp_path: Path) -> None:
 
 
 def test_the_lock_keeps_another_process_out(tmp_path: Path) -> None:
-    """While the block runs a second process cannot take the lock; afterwards it can."""
+    """A second process cannot take the lock while the block runs; afterwards it can."""
     script = ("import fcntl, sys\n"
               "fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)")
     command = [sys.executable, "-c", script, str(tmp_path / "lock")]
@@ -178,7 +180,7 @@ def test_the_lock_keeps_another_process_out(tmp_path: Path) -> None:
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
-    """Equal bytes, equal fingerprint, under any name; one bit more is another."""
+    """Files with equal bytes have equal fingerprints under any name; others do not."""
     for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (fingerprint(tmp_path / name) for name in "abc")

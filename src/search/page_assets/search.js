@@ -8,7 +8,6 @@
 const UNKNOWN = 1; // id of <unk>
 
 let dim = 0;
-let contextLength = 0;
 let examples = [];
 // Vectors: int8 codes (rows, dim), and for each row the scale that converts them to floats.
 const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
@@ -31,7 +30,7 @@ const codesOf = (data) => new Int8Array(bytesOf(data.codes).buffer);
 const scalesOf = (data) => new Float32Array(bytesOf(data.scales).buffer);
 
 function addWords(data) {
-  ({ dim, contextLength, examples } = data);
+  ({ dim, examples } = data);
   vocabulary.words = data.words;
   data.words.forEach((word, id) => id > UNKNOWN && vocabulary.ids.set(word, id));
   vocabulary.codes = codesOf(data);
@@ -60,15 +59,23 @@ function addPhotos(data) {
   schedule();
 }
 
-// The tokenizer that the model was trained with: runs of letters and digits of any script.
+// The words of src/models/tokenizer.py: runs of letters, digits and their marks; each Han, Hiragana
+// and Katakana character is a word. Variation selectors and joiners are not part of a word.
+const CJK = String.raw`\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf`
+  + String.raw`\u4e00-\u9fff\uf900-\ufaff\u{20000}-\u{3ffff}`;
+const MARK = String.raw`(?![\ufe00-\ufe0f\u{e0100}-\u{e01ef}])[\p{Mn}\p{Mc}]`;
+const LETTER = String.raw`(?![${CJK}])[\p{L}\p{N}]`;
+const WORD = new RegExp(
+  String.raw`(?=[\p{L}\p{N}])[${CJK}](?:${MARK})*|${LETTER}(?:${LETTER}|${MARK})*`, "gu");
+
 function splitWords(text) {
-  return text.normalize("NFKC").toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
+  const lower = text.normalize("NFKC").toLowerCase().replace(/[\u200c\u200d]/g, "");
+  return lower.match(WORD) ?? [];
 }
 
 // "beach -people" subtracts the vector of a word; an unknown word to avoid changes nothing.
 function encode(text) {
-  const all = splitWords(text.replace(NEGATIVE, " "));
-  const wanted = all.slice(0, contextLength);
+  const wanted = splitWords(text.replace(NEGATIVE, " "));
   const avoided = (text.match(NEGATIVE) ?? []).flatMap(splitWords);
   const words = [...wanted, ...avoided];
   const ids = words.map((word) => vocabulary.ids.get(word) ?? UNKNOWN);
@@ -78,7 +85,7 @@ function encode(text) {
   const length = normalize(vector); // of the sum: the number of words cancels out
   const known = ids.some((id, i) => id !== UNKNOWN && i < wanted.length);
   const labels = words.map((word, i) => (i < wanted.length ? word : `-${word}`));
-  return { words, labels, ids, signs, known, vector, length, leftOut: all.length - wanted.length };
+  return { words, labels, ids, signs, known, vector, length };
 }
 
 function addRow(vector, { codes, scales }, row, sign = 1) {

@@ -197,9 +197,6 @@ function drawNotes(query, known) {
       " is not in the vocabulary", ...(near.length ? [", similar: ", ...near] : [])]);
   }
   if (unknown.length > 4) notes.push([`${unknown.length - 4} more words are not in the vocabulary`]);
-  if (query.leftOut) {
-    notes.push([`Only the first ${contextLength} words are used, ${number(query.leftOut)} are ignored`]);
-  }
   const hidden = results.reduce((sum, { photo }) => sum + copiesOf(photo), 0);
   if (known && (hidden || state.all)) {
     notes.push([state.all ? "" : `${number(hidden)} near duplicates are hidden `,
