@@ -304,6 +304,7 @@ def write_page(
         image_embeddings=library.index.embeddings,
         captions=[list(captions.get(name, ())) for name in library.names],
         paths=[Path(path) for path in library.paths],
+        groups=library.index.groups(),
     )
     for name, reason in written["skipped"]:
         print(printable(f"not in the page: {name}: {reason}"), file=sys.stderr)

@@ -156,6 +156,15 @@ class ImageIndex:
         rows = np.flatnonzero(abs(self.thumbnails[:, 0] - own[0]) <= DUPLICATE_CHANGE)  # for speed
         return rows[(abs(self.thumbnails[rows] - own) <= DUPLICATE_CHANGE).all(1)]
 
+    def groups(self) -> list[int]:
+        """Return a number for each image, the same for near duplicates."""
+        groups = np.full(len(self.names), -1)
+        for row in range(len(groups)):
+            if groups[row] < 0:
+                similar = self.near_duplicates(row)
+                groups[similar[groups[similar] < 0]] = row
+        return groups.tolist()
+
     def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the exact nearest images of Q queries, in one pass over the matrix by blocks.
 

@@ -295,7 +295,7 @@ def test_data_files_are_ascii(tmp_path: Path) -> None:
         text = path.read_bytes().decode("ascii")
         assert text.count("\n") == 1 and "<" not in text
     _, photos = read_data(tmp_path / "album")
-    assert photos["names"] == [re.sub("[\ud800-\udfff]", "\ufffd", name) for name in names]
+    assert photos["names"] == [display_name(name) for name in names]
     index = (tmp_path / "album" / "index.html").read_text()
     assert index.count("<script") == 4 and "<script>" not in index and "{{scripts}}" in index
 
@@ -846,6 +846,92 @@ def test_an_empty_query(browser: Browser) -> None:
     browser.until(lambda: browser.settled("") and browser.find("#intro")[0].is_displayed())
 
 
+def test_negative_words(browser: Browser, album: Path) -> None:
+    """Ranking and contributions are those of the difference of word vectors, as in search.py."""
+    words, images = read_data(album)
+    vector = words["vectors"][WORDS.index("circle")] - words["vectors"][WORDS.index("red")]
+    scores = images["vectors"] @ vector / np.linalg.norm(vector)
+    browser.type("circle -red -nosuchword")
+    found = browser.js("return results")
+    assert [result["photo"] for result in found] == np.argsort(-scores, kind="stable")[:24].tolist()
+    assert np.allclose([result["score"] for result in found], np.sort(scores)[::-1][:24], atol=2e-6)
+    values = browser.js("return contributionsOf(encode('circle -red -nosuchword'), 0)")
+    assert np.isclose(sum(values), scores[0], atol=2e-6) and values[2] == 0
+    parts = browser.js("return [...document.querySelectorAll('#results .card:first-child .word')]"
+                       ".map((node) => node.textContent)")
+    assert parts == ["circle", "-red", "-nosuchword"]
+    assert "nosuchword is not in the vocabulary" in browser.text("#notes")
+    browser.type("-red")
+    assert browser.captions() == [] and "not in the vocabulary" not in browser.text("#notes p + p")
+    browser.type("t-shirt star")
+    assert browser.js("return encode(box.value).labels") == ["t", "shirt", "star"]
+
+
+def test_near_duplicates_are_one_result(browser: Browser, tmp_path: Path, arguments: dict) -> None:
+    """Images of a group are one result with their number; a link shows all of them."""
+    tripled = tiled(arguments, 108) | {"groups": [i % 36 for i in range(108)]}
+    write_page(tmp_path / "album", **tripled)
+    browser.open((tmp_path / "album" / "index.html").as_uri())
+    browser.type("red ring")
+    assert len(set(browser.captions())) == 24
+    assert browser.text("#results .copies") == "+2 like it"
+    assert "48 near duplicates are hidden" in browser.text("#notes")
+    browser.find("#notes a")[0].click()
+    browser.until(lambda: browser.js("return !waiting && JSON.parse(drawn)[3]"))
+    assert browser.fragment() == "#q=red ring&d=1" and browser.captions()[:3] == ["a red ring"] * 3
+    assert not browser.find("#results .copies")
+    browser.open(browser.url, "#q=red ring&d=1")  # from the URL, and back
+    assert browser.captions()[:3] == ["a red ring"] * 3
+    browser.find("#notes a")[0].click()
+    browser.until(lambda: browser.fragment() == "#q=red ring")
+    browser.until(lambda: len(set(browser.captions())) == 24)
+
+
+def test_more_results(browser: Browser, tmp_path: Path, arguments: dict) -> None:
+    """Scrolling to the end, or the button, appends the next results; a new query starts again."""
+    write_page(tmp_path / "album", **tiled(arguments, 100))
+    browser.open((tmp_path / "album" / "index.html").as_uri(), "#n=12&d=1")
+    browser.type("green star")
+    first = browser.js("return results")
+    assert len(first) == 12
+    browser.js("scrollTo(0, document.documentElement.scrollHeight)")
+    browser.until(lambda: len(browser.captions()) > 12)
+    browser.js("get('more').click()")
+    count = len(browser.captions())
+    browser.until(lambda: len(browser.captions()) >= count)
+    for _ in range(9):
+        browser.js("get('more').click()")
+        browser.until(lambda: browser.js("return !waiting"))
+    assert len(browser.captions()) == 100 and not browser.find("#more")[0].is_displayed()
+    assert browser.js("return results.slice(0, 12)") == first
+    assert browser.js("return results") == browser.js("return bestPhotos("
+                                                      "encode('green star').vector, 100)")
+    browser.type("red ring")
+    assert len(browser.captions()) == 12
+
+
+def test_each_card_opens_its_own_image(browser: Browser, tmp_path: Path, arguments: dict) -> None:
+    """Names that differ only in bytes that are not UTF-8, and equal names, are different images."""
+    names = ["caf\udce9.jpg", "caf\udce8.jpg", "same.jpg", "same.jpg", "same.jpg (2)", "\ufffd"]
+    write_page(tmp_path / "album", **{**tiled(arguments, 6), "names": names})
+    browser.open((tmp_path / "album" / "index.html").as_uri(), "#q=a")
+    shown = browser.js("return photos.names")
+    assert len(set(shown)) == 6 and shown[:3] == ["caf\\xe9.jpg", "caf\\xe8.jpg", "same.jpg"]
+    for i in range(6):
+        links = browser.find("#results .card > a")
+        place = [result["photo"] for result in browser.js("return results")].index(i)
+        links[place].click()
+        browser.until(lambda i=i: browser.opened() and browser.js("return lastPhoto") == i)
+        browser.browser.back()
+        browser.until(lambda: not browser.opened())
+
+
+def display_name(name: str) -> str:
+    """Return a name as the page has it; the reference implementation."""
+    name = re.sub("[\udc80-\udcff]", lambda m: f"\\x{ord(m[0]) - 0xDC00:02x}", name)
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
+
+
 def tame(text: str) -> str:
     """Return the text as the page shows it; the reference implementation."""
     text = re.sub(r"[\s\ufeff]+", " ", re.sub("[\ud800-\udfff]", "\ufffd", text)).strip()
@@ -869,7 +955,8 @@ def test_hostile_names_and_captions_are_text(
     for i, name in enumerate(HOSTILE):  # open each one
         browser.js("go({ photo: photos.names[arguments[0]] })", i)
         browser.until(lambda i=i: browser.js("return !waiting && lastPhoto === arguments[0]", i))
-        assert browser.js("return dialog.querySelector('.name').textContent") == tame(name)
+        shown = browser.js("return dialog.querySelector('.name').textContent")
+        assert shown == tame(display_name(name))
         assert browser.js("return readAddress().photo === photos.names[arguments[0]]", i)
     check_harmless(browser)
 
