@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near}?" if near else ""
         if "--recipe" in message and "'seed'" in message:
             message += "; the recipe seed is called baseline now"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.exit(2)  # the first process of this machine prints it
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
 
 
@@ -161,8 +164,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--deterministic", action="store_true",
                          help="on a GPU too the same bits in every run, where that is slower; the "
                          "CPU gives them anyway")
-    machine.add_argument("--resume", action="store_true",
-                         help="go on where the run in --results-dir was left, with its flags")
+    machine.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
+                         help="continue the run in --results-dir, with its flags; auto: continue "
+                         "it if there is one, and start it otherwise")
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
