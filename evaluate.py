@@ -1,13 +1,16 @@
-"""Measure a trained checkpoint the way papers do: Recall@K, median and mean rank, both ways.
+"""Evaluate a checkpoint on image-text retrieval, in both directions.
 
-    python evaluate.py                                  # the best checkpoint, validation photos
-    python evaluate.py --split test --checkpoint results/models/flickr30k_clip_best.pth
-    python evaluate.py --mistakes mistakes.png          # the worst queries, as a picture
+    python evaluate.py                            # best checkpoint, validation
+    python evaluate.py --split test --checkpoint my_checkpoint.pth
+    python evaluate.py --mistakes mistakes.png    # draw the worst mistakes
     python evaluate.py --demo
+    python evaluate.py --pretrained                     # the model that comes with the repository
     torchrun --nproc-per-node 2 evaluate.py
 
-Unique photos against all their captions; image-to-text counts the best of a photo's captions; ties
-count against the model; scores in float32. Data and split default to those of the training run.
+Recall@K, median rank and mean rank, over the unique images of a split and all
+of their captions. In image-to-text retrieval the best caption of an image
+counts. Ties count against the model; similarities are float32. The data and
+the split are by default those of the training run.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 
 from src.cli import (
     Parser,
+    add_checkpoint_arguments,
     add_data_arguments,
     add_results_arguments,
     add_split_arguments,
@@ -43,20 +47,21 @@ from src.utils.runtime import pick_device, tune_malloc
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate one split, print the table, write the JSON. Returns the exit status."""
+    """Evaluate a split, print a table and write a JSON file. Returns the exit status."""
     parser = Parser(description=__doc__)
     add_results_arguments(parser)
     add_data_arguments(parser)
     add_split_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "all"), default="val",
                         help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="the JSON (default: RESULTS_DIR/evaluation_SPLIT.json)")
+                        help="JSON file of the metrics "
+                        "(default: RESULTS_DIR/evaluation_SPLIT.json)")
     parser.add_argument("--mistakes", type=Path, metavar="FILE.png",
-                        help="draw the captions that rank their own photo worst")
-    parser.add_argument("--device", default="auto", help="(default: %(default)s)")
+                        help="draw the captions that rank their own image worst")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
     checkpoint = args.checkpoint or results.best
@@ -76,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     if is_first:
         report = {
             "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,
-            "photos": len(dataset.records), "captions": len(dataset), **metrics,
+            "images": len(dataset.records), "captions": len(dataset), **metrics,
             "seconds": seconds,
         }
         output = args.output or results.folder / f"evaluation_{args.split}.json"
         write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
-        print(f"{args.split}: {len(dataset.records):,} photos, {len(dataset):,} captions, "
+        print(f"{args.split}: {len(dataset.records):,} images, {len(dataset):,} captions, "
               f"{checkpoint} (epoch {content.get('epoch')})\n")
         print(format_table(metrics))
         print(f"\n{output}")
@@ -93,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
 def open_split(
     args: argparse.Namespace, results: ResultPaths, model: DualEncoder, tokenizer: Tokenizer
 ) -> Flickr30kDataset:
-    """The photos and captions of the split that is asked for.
+    """Return the dataset of the split that --split names.
 
     Raises:
-        UserError: there are none, or none can be read.
+        UserError: the split has no images, or none of them can be decoded.
     """
     data = resolve_data(args)
     source = scan_dataset(
@@ -105,28 +110,29 @@ def open_split(
     records = [record for split, records in source.splits.items() for record in records
                if args.split in (split, "all")]
     if not records:
-        there = ", ".join(split for split, records in source.splits.items() if records)
-        raise UserError(f"{data.annotations} has no {args.split} photos; there are: {there}")
+        found = ", ".join(split for split, records in source.splits.items() if records)
+        raise UserError(f"{data.annotations} has no {args.split} images, only: {found}")
     [dataset] = prepare_datasets(
         source, [records], tokenizer, model.config.image_size, cache=data.cache,
         rejected=results.folder / f"rejected_{args.split}.csv", strict=args.strict,
     )
     if not dataset.records:
-        raise UserError(f"no {args.split} photo could be read")
+        raise UserError(f"no {args.split} image can be decoded; they are listed in "
+                        f"{results.folder / f'rejected_{args.split}.csv'}")
     return dataset
 
 
 def report_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:
-    """Draw the worst queries, and say how many mistakes no bag of words could have avoided."""
+    """Draw the worst mistakes, and print how many of them a bag of words cannot avoid."""
     mistakes = find_mistakes(model, dataset)
     if not mistakes:
-        print("every caption finds its photo first: there are no mistakes to draw")
+        print("every caption ranks its own image first: there are no mistakes to draw")
         return
     plot_mistakes(path, dataset, mistakes)
     same = sum(mistake.same_words for mistake in mistakes)
-    print(f"{len(mistakes):,} of {len(dataset):,} captions do not find their photo first; for "
-          f"{same:,} of them the photo in front\nhas all their words in captions of its own: only "
-          f"order and number could tell the two apart\nthe worst: {path}")
+    print(f"{len(mistakes):,} of {len(dataset):,} captions do not rank their own image first; "
+          f"for {same:,} of them the best other image\nhas all of their words in its captions, so "
+          f"that a bag of words cannot distinguish the two\nthe worst mistakes: {path}")
 
 
 if __name__ == "__main__":

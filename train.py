@@ -32,7 +32,7 @@ from src.data.prepare import prepare_datasets
 from src.data.source import scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import plot_examples
-from src.evaluation.metrics import format_epoch
+from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import ImageEncoder
@@ -118,6 +118,7 @@ def train(
                 for split in (train_set, val_set)]
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+        print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
@@ -132,7 +133,7 @@ def train(
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input)
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
-            print(format_epoch(run.log[-1], is_best))
+            print(format_epoch(run.log[-1], is_best, args.epochs))
     return 0, val_set
 
 

@@ -1,37 +1,41 @@
 """Export the image encoder of a trained checkpoint. Trains nothing.
 
-    python train_image_only.py         # results/models/flickr30k_clip_best.pth
-                                       #   -> results/models/image_encoder_from_clip.pth
+    python train_image_only.py
+    python train_image_only.py --checkpoint my_checkpoint.pth --output encoder.pth
 
-The file holds the EfficientNet, its projection to the shared space, and what is needed to feed it
-(name, input size, mean, deviation); the README shows the dozen lines that load it.
+The file holds the weights of the EfficientNet and of its projection, and what
+is needed to prepare the input: name, image size, mean and standard deviation.
+The README has an example that loads it without this project.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from src.cli import Parser, add_results_arguments, resolve_results
+from src.cli import (
+    Parser,
+    add_checkpoint_arguments,
+    add_results_arguments,
+    resolve_results,
+)
 from src.data.pixel_store import store_size
-from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from src.models.checkpoint import export_image_encoder, load_checkpoint
 from src.utils.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the checkpoint, write the image encoder. Returns the exit status."""
+    """Load a checkpoint and write its image encoder. Returns the exit status."""
     parser = Parser(description=__doc__)
     add_results_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
-                        help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")
+                        help="file to write "
+                        "(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
     checkpoint, output = args.checkpoint or results.best, args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
-    export_image_encoder(output, model, resize=store_size(model.config.image_size),
-                         mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    export_image_encoder(output, model, resize=store_size(model.config.image_size))
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "
           f"({output.stat().st_size / 1e6:.1f} MB): {output}")
     return 0

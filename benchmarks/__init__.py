@@ -1,1 +1,1 @@
-"""Timings and memory. `python -m benchmarks` runs every table; the results are in README.md."""
+"""Time and memory measurements. `python -m benchmarks` prints all tables; see README.md."""

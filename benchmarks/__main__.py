@@ -1,4 +1,4 @@
-"""Run every table: `python -m benchmarks`, or one: `python -m benchmarks captions`."""
+"""Print all tables, `python -m benchmarks`, or some, `python -m benchmarks captions search`."""
 
 from __future__ import annotations
 

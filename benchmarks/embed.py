@@ -1,10 +1,11 @@
-"""Embedding photos: the plain script's way and ours.
+"""Embedding images: the naive script and this project.
 
     python -m benchmarks.embed [--photos FOLDER] [--weights FILE]
 
-Each in a process of its own, in turn. `ours` reads the store, `ours, from files` decodes too, as a
-search over a new folder does. The store is made without the margin for random crops here, so that
-all see the same pixels; `from files` sees the middle of a slightly larger photo.
+Each runs in a new process, in turn. `ours` reads the pixel store; `ours, from
+files` also decodes, as a search over a new folder does. The store has no margin
+for random crops here, so that all have the same pixels; `from files` takes the
+center of a slightly larger image.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks import plain
-from benchmarks.photos import write_data_set
+from benchmarks import naive
+from benchmarks.photos import write_dataset
 from benchmarks.timing import machine, one_process_each, ratio, spread
 from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore
@@ -33,17 +34,18 @@ from src.search.update_index import update_index
 from src.utils.runtime import pick_device, seed_all, tune_malloc
 
 SIZE = 224
-CONTENDERS = ("plain", "ours", "ours, from files")
+CONTENDERS = ("naive", "ours", "ours, from files")
 
 
 def main() -> int:
-    """Print the table; or, with --one, measure one contender and report it in JSON."""
+    """Print the tables; with --one, measure one contender and print a report in JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="JPEGs, repeated to size (default: generated)")
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs (default: generated)")
     parser.add_argument("--weights", default="none", help="of the image encoder (default: random, "
-                        "with BatchNorm's statistics of the photos)")
-    parser.add_argument("--count", type=int, default=256, help="photos (default: %(default)s)")
+                        "with the BatchNorm statistics of some images)")
+    parser.add_argument("--count", type=int, default=256,
+                        help="number of images (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
@@ -63,40 +65,40 @@ def main() -> int:
 
 
 def table(args: argparse.Namespace, device: str) -> None:
-    """Measure all contenders on one device, and print what each took."""
+    """Measure all contenders on one device, and print a line for each."""
     flags = ["--weights", args.weights, "--count", str(args.count), "--device", device]
     flags += ["--photos", str(args.photos)] if args.photos else []
     reports = one_process_each("benchmarks.embed", list(CONTENDERS), args.repeats, flags)
-    print(f"\non {device}: {args.count} photos at {SIZE}, "
+    print(f"\non {device}: {args.count} images at {SIZE} pixels, "
           f"{'real' if args.photos else 'generated'}, {args.repeats} runs")
-    plainly = np.array(reports["plain"][0]["embeddings"])
+    naively = np.array(reports["naive"][0]["embeddings"])
     seconds = {name: [report["seconds"] for report in own] for name, own in reports.items()}
     for name, own in reports.items():
-        cosine = (plainly * np.array(own[0]["embeddings"])).sum(1).min()
+        cosine = (naively * np.array(own[0]["embeddings"])).sum(1).min()
         speed = args.count / sorted(seconds[name])[len(seconds[name]) // 2]
-        print(f"  {name:17} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s   "
-              f"plain / this {ratio(seconds['plain'], seconds[name])}   "
-              f"least cosine to plain {cosine:.5f}")
+        print(f"  {name:17} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} images/s   "
+              f"naive / this {ratio(seconds['naive'], seconds[name])}   "
+              f"minimum cosine to naive {cosine:.5f}")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds of one contender, and the embeddings of the first photos."""
-    if args.one != "plain":
+    """Return the seconds of one contender, and the embeddings of the first images."""
+    if args.one != "naive":
         tune_malloc()  # as evaluate.py and search.py do
     device = pick_device(args.device)
-    records = write_data_set(folder, args.count + 1, args.photos).splits["train"]
+    records = write_dataset(folder, args.count + 1, args.photos).splits["train"]
     names = [record.name for record in records]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     pairs = [(folder / "images" / record.name, record.captions[0]) for record in records]
-    loader = plain.plain_loader(pairs, tokenizer.encode, SIZE, batch_size=64)
+    loader = naive.naive_loader(pairs, tokenizer.encode, SIZE, batch_size=64)
     model = make_model(len(tokenizer), args.weights, loader).to(device)
-    if args.one == "plain":
-        other = plain.PlainModel(len(tokenizer), SIZE, 0.0, 0.0)
+    if args.one == "naive":
+        other = naive.NaiveModel(len(tokenizer), SIZE, 0.0, 0.0)
         other.load_state_dict(model.state_dict())
         other.to(device)
-        plain.embed(other, [next(iter(loader))], device)  # warms up
+        naive.embed(other, [next(iter(loader))], device)  # warms up
         start = time.perf_counter()
-        embeddings = plain.embed(other, loader, device)
+        embeddings = naive.embed(other, loader, device)
     elif args.one == "ours":
         store = PixelStore.build(folder, folder / "images", names, SIZE)
         dataset = Flickr30kDataset(records, store, tokenizer)
@@ -114,9 +116,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def make_model(vocab_size: int, weights: str, loader: DataLoader) -> DualEncoder:
-    """The same model in every process; random weights get the statistics of the photos' features.
+    """Return the same model in every process.
 
-    Without those all photos have nearly the same embedding, and any cosine would be 1.
+    With random weights the BatchNorm statistics are those of some images; otherwise all images
+    would have nearly the same embedding, and every cosine would be 1.
     """
     seed_all(0, "weights")
     model = DualEncoder(ModelConfig(vocab_size, image_size=SIZE, drop_connect=0.0))

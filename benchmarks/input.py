@@ -1,9 +1,9 @@
-"""The way from photos on the disk to batches: the plain script's and ours.
+"""From image files to batches: the naive script and this project.
 
     python -m benchmarks.input [--photos FOLDER]
 
-One core feeds; the store is built with all cores, beside the same number of threads that do nothing
-but decode.
+Batches are made on one core. The pixel store is built on all cores, and
+compared with as many threads that only decode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import plain
-from benchmarks.photos import write_data_set
+from benchmarks import naive
+from benchmarks.photos import write_dataset
 from benchmarks.timing import interleaved, machine, ratio
 from src.data.dataset import Flickr30kDataset
 from src.data.images import load_resized
@@ -32,37 +32,38 @@ from src.data.source import DataSource
 from src.data.transforms import sample_crops, train_transform
 from src.models.tokenizer import Tokenizer
 
-BATCH, SIZE = 64, 224
-N_FEED, N_STORE = 4 * BATCH, 384
+BATCH_SIZE, SIZE = 64, 224
+N_BATCHED, N_STORED = 4 * BATCH_SIZE, 384
 
 
 def main() -> int:
     """Print both tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="JPEGs, repeated to size (default: generated)")
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs (default: generated)")
     args = parser.parse_args()
     print(f"{machine()}; {'real' if args.photos else 'generated'} photos")
     with tempfile.TemporaryDirectory() as folder:
-        source = write_data_set(Path(folder), max(N_FEED, N_STORE) + 1, args.photos)
-        feeding(Path(folder), source)
-        building(Path(folder), source)
+        source = write_dataset(Path(folder), max(N_BATCHED, N_STORED) + 1, args.photos)
+        time_batches(Path(folder), source)
+        time_store(Path(folder), source)
     return 0
 
 
-def feeding(folder: Path, source: DataSource) -> None:
-    """Photos a second of one core, from disk to a batch."""
-    records = source.splits["train"][:N_FEED]
+def time_batches(folder: Path, source: DataSource) -> None:
+    """Print the images per second of one core, from disk to a batch."""
+    records = source.splits["train"][:N_BATCHED]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     with quiet():
         store = PixelStore.build(folder, source.images, [r.name for r in records],
                                  store_size(SIZE))
     dataset = Flickr30kDataset(records, store, tokenizer)
     pairs = [(source.images / r.name, r.captions[0]) for r in records]
-    batches = sample_batches(dataset, BATCH, captions_per_image=1, seed=0, epoch=1)[: N_FEED // BATCH]
+    batches = sample_batches(dataset, BATCH_SIZE, captions_per_image=1, seed=0, epoch=1)
+    batches = batches[: N_BATCHED // BATCH_SIZE]
 
-    def plainly() -> None:
-        for _ in plain.plain_loader(pairs, tokenizer.encode, SIZE, BATCH):
+    def naively() -> None:
+        for _ in naive.naive_loader(pairs, tokenizer.encode, SIZE, BATCH_SIZE):
             pass
 
     def ours() -> None:
@@ -72,19 +73,20 @@ def feeding(folder: Path, source: DataSource) -> None:
     def ours_as_floats() -> None:
         for batch in batches:
             pixels = dataset.batch(batch).images
-            train_transform(pixels, SIZE, sample_crops(BATCH, pixels.shape[1] - SIZE, flip=True))
+            crops = sample_crops(len(pixels), pixels.shape[1] - SIZE, flip=True)
+            train_transform(pixels, SIZE, crops)
 
     torch.set_num_threads(1)
-    times = interleaved([plainly, ours, ours_as_floats])
-    print("\nfeeding, one core: photos a second, and how many times the plain script's")
-    rows = ("plain: decode, resize, normalize, tokenize", "ours: bytes from the store, tokens",
-            "ours with crop, flip, normalize on the CPU too")
-    show(rows, times, N_FEED)
+    times = interleaved([naively, ours, ours_as_floats])
+    print("\nbatches, one core: images per second, and the ratio to the naive script")
+    rows = ("naive: decode, resize, normalize, tokenize", "ours: pixels of the store, tokens",
+            "ours, with crop, flip and normalize on the CPU")
+    show(rows, times, N_BATCHED)
 
 
-def building(folder: Path, source: DataSource) -> None:
-    """The store beside decoding alone, all cores."""
-    names = [record.name for record in source.splits["train"][:N_STORE]]
+def time_store(folder: Path, source: DataSource) -> None:
+    """Print the images per second of all cores that build the pixel store, or only decode."""
+    names = [record.name for record in source.splits["train"][:N_STORED]]
 
     def in_threads(function: Callable) -> Callable:
         def run() -> None:
@@ -104,22 +106,22 @@ def building(folder: Path, source: DataSource) -> None:
     times = interleaved([
         in_threads(decode), in_threads(lambda name: load_resized(source.images / name,
                                                                 store_size(SIZE))), build], 3)
-    print(f"\nbuilding the store, {os.cpu_count()} cores: photos a second, and the share of "
+    print(f"\nbuilding the store, {os.cpu_count()} cores: images per second, and the ratio to "
           "decoding alone")
-    show(("decode", "decode and resize", "store: decode, resize, write, sync"), times, N_STORE)
+    show(("decode", "decode and resize", "store: decode, resize, write, sync"), times, N_STORED)
     print(f"  store / decode and resize {ratio(times[1], times[2])}")
 
 
 @contextlib.contextmanager
-def quiet() -> object:
-    """Without the progress bar and the line that it starts with."""
+def quiet() -> Iterator[None]:
+    """Suppress the output of the block."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, \
             contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
 def show(rows: tuple[str, ...], times: list[list[float]], count: int) -> None:
-    """A line for each of `times`, compared with the first."""
+    """Print a line for each of `times`, with its ratio to the first."""
     for name, own in zip(rows, times, strict=True):
         speeds = count / np.array(own)
         print(f"  {name:47} {np.median(speeds):8,.0f} ({speeds.min():,.0f} to {speeds.max():,.0f})"

@@ -1,8 +1,8 @@
-"""The page: bytes, milliseconds a query in real Chromium, and what int8 costs in recall.
+"""Measure the search page: bytes, milliseconds per query in Chromium, and the recall with int8.
 
     python -m benchmarks.page            # needs chromium and selenium; recall needs train.py --demo
 
-Embeddings, words and captions are random but for the recall: the time does not depend on them.
+Embeddings, words and captions are random, except for the recall; the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ return {score, encode_us: thousand[1]};
 
 
 def chromium():  # noqa: ANN201 (selenium is optional)
-    """A headless browser with a profile of its own."""
+    """Return a headless browser with its own profile."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -60,7 +60,7 @@ def chromium():  # noqa: ANN201 (selenium is optional)
 
 
 def queries(folder: Path) -> None:
-    """Size and speed of pages of growing numbers of photos, each with five captions."""
+    """Print size and speed of pages with growing numbers of images, with five captions each."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     picture = folder / "picture.png"
@@ -75,7 +75,7 @@ def queries(folder: Path) -> None:
         written = write_page(
             page, words=words, word_embeddings=vectors, context_length=32,
             names=[f"{i}.jpg" for i in range(count)], image_embeddings=unit_rows(count),
-            captions=captions, photos=[picture] * count, progress=False)
+            captions=captions, paths=[picture] * count, progress=False)
         browser.get((page / "index.html").as_uri())
         WebDriverWait(browser, 120, 0.1).until(lambda b, n=count: b.execute_script(
             "return typeof photos !== 'undefined' && photos.count === arguments[0]", n))
@@ -90,8 +90,8 @@ def queries(folder: Path) -> None:
     browser.quit()
 
 
-def dequantised(rows: np.ndarray) -> torch.Tensor:
-    """Rows as the page has them: rounded to int8 with a scale each."""
+def dequantized(rows: np.ndarray) -> torch.Tensor:
+    """Return rows as the page has them: rounded to int8 with a scale for each row."""
     coded = quantize(rows)
     codes = np.frombuffer(base64.b64decode(coded["codes"]), np.int8).reshape(rows.shape)
     scales = np.frombuffer(base64.b64decode(coded["scales"]), "<f4")
@@ -99,7 +99,7 @@ def dequantised(rows: np.ndarray) -> torch.Tensor:
 
 
 def recall(checkpoint: Path) -> None:
-    """The demo's validation recall with float32 and with the page's int8 vectors."""
+    """Print the demo's validation recall with float32 and with the int8 vectors of the page."""
     model, tokenizer, content = load_checkpoint(checkpoint)
     data = Path("data/demo")
     source = scan_dataset(data / "images", data / "annotations" / "annotations.csv", 0.1,
@@ -108,19 +108,19 @@ def recall(checkpoint: Path) -> None:
     store = PixelStore.build(data, data / "images", [r.name for r in records],
                              store_size(model.config.image_size))
     dataset = Flickr30kDataset(records, store, tokenizer)
-    photos = embed_images(model, dataset)
-    exact = retrieval_metrics(photos, embed_tokens(model, dataset.tokens), dataset.image_index)
-    vectors = dequantised(model.word_embeddings().numpy())
+    images = embed_images(model, dataset)
+    exact = retrieval_metrics(images, embed_tokens(model, dataset.tokens), dataset.image_index)
+    vectors = dequantized(model.word_embeddings().numpy())
     texts = torch.nn.functional.normalize(vectors[dataset.tokens].sum(1), dim=1)
-    rounded = retrieval_metrics(dequantised(photos.numpy()), texts, dataset.image_index)
-    print("\nrecall of the demo's validation pictures, float32 -> the page's int8")
+    rounded = retrieval_metrics(dequantized(images.numpy()), texts, dataset.image_index)
+    print("\nrecall of the demo's validation images, float32 -> int8 of the page")
     for name in exact:
         if "R@" in name or name == "rsum":
             print(f"  {name:22} {exact[name]:6.1f} -> {rounded[name]:6.1f}")
 
 
 def main() -> int:
-    """Print both tables, or what is missing for them."""
+    """Print both tables, or what they need."""
     print(machine())
     if installed("selenium") and shutil.which("chromium") and shutil.which("chromedriver"):
         with tempfile.TemporaryDirectory() as folder:

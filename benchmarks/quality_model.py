@@ -1,4 +1,4 @@
-"""The product's model, loss and optimizer with what a row of the study of quality changes."""
+"""Model, loss and optimizer of train.py with the changes of a row of the quality study."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from src.models.tokenizer import Tokenizer
 from src.training.optim import build_optimizer
 from src.utils.runtime import seed_all
 
-MARGIN = 0.2  # of the hinge, as in VSE++ (Faghri et al. 2018)
+MARGIN = 0.2  # of the hinge loss in VSE++ (Faghri et al., 2018)
 
 
-class WeighedWords(TextEncoder):
-    """The product's bag of words with a weight for each word, learned or not."""
+class WeightedTextEncoder(TextEncoder):
+    """The bag of words with a fixed weight per word."""
 
-    def __init__(self, config: ModelConfig, weights: torch.Tensor, learned: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: torch.Tensor) -> None:
         super().__init__(config.vocab_size, config.token_dim, config.word_dropout)
-        self.weights = torch.nn.Parameter(weights, requires_grad=learned)  # (V,)
+        self.register_buffer("weights", weights)  # (V,)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) token ids -> (B, E); its length is of no matter, the embedding's is 1."""
+        """Map (B, L) token ids to (B, E) features, the weighted sum divided by the word count."""
         if self.training and self.word_dropout:
             tokens = tokens.masked_fill(torch.rand(tokens.shape) < self.word_dropout, 0)
         n_words = (tokens != 0).sum(1, keepdim=True).clamp(min=1)
@@ -33,30 +33,26 @@ class WeighedWords(TextEncoder):
                                per_sample_weights=self.weights[tokens]) / n_words
 
 
-def build_model(row: Row, train_set: Flickr30kDataset, n_words: int, seed: int) -> DualEncoder:
-    """The product's model, patched to what `row` says; its image encoder learns nothing."""
+def build_model(row: Row, train_set: Flickr30kDataset, vocab_size: int, seed: int) -> DualEncoder:
+    """Return a new model with the changes of `row` and a frozen image encoder."""
     seed_all(seed, "weights")
+    # The image encoder is not used: its features are cached. All Lite and B0 have 1,280.
     model = DualEncoder(ModelConfig(
-        n_words, image_size=32, token_dim=row.token_dim, embed_dim=row.embed_dim,
+        vocab_size, image_size=32, token_dim=row.token_dim, embed_dim=row.embed_dim,
         dropout=row.dropout, word_dropout=row.word_dropout))
     model.image_encoder.requires_grad_(False)
-    if row.word_weights:
-        counts = torch.bincount(train_set.tokens.flatten(), minlength=n_words).clamp(min=1)
+    if row.idf:
+        counts = torch.bincount(train_set.tokens.flatten(), minlength=vocab_size).clamp(min=1)
         idf = (len(train_set) / counts).log().clamp(min=0.02)
-        learned = row.word_weights == "learned"
-        model.text_encoder = WeighedWords(
-            model.config, torch.ones(n_words) if learned else idf / idf.mean(), learned)
-    rebuild(model, row)
-    if row.text_dropout is not None:
-        model.text_projection.dropout.p = row.text_dropout
-    model.logit_scale.requires_grad_(not row.fixed_scale)
+        model.text_encoder = WeightedTextEncoder(model.config, idf / idf.mean())
+    change_heads(model, row)
     return model
 
 
-def rebuild(model: DualEncoder, row: Row) -> None:
-    """Give a fresh model the words, the layers and the scale that `row` starts with."""
-    if row.word_std != 0.002 or row.hidden:
-        words = model.text_encoder.embedding.weight.data.normal_(std=row.word_std)
+def change_heads(model: DualEncoder, row: Row) -> None:
+    """Give a new model the words, the layers and the scale that `row` starts with."""
+    if row.token_std != 0.002 or row.hidden:
+        words = model.text_encoder.embedding.weight.data.normal_(std=row.token_std)
         words[[Tokenizer.pad_id] if row.hidden else [Tokenizer.pad_id, Tokenizer.unk_id]] = 0
     if row.hidden:
         model.image_projection.linear = torch.nn.Linear(
@@ -69,37 +65,35 @@ def rebuild(model: DualEncoder, row: Row) -> None:
 
 def row_loss(row: Row, model: DualEncoder, images: torch.Tensor, texts: torch.Tensor,
              image_index: torch.Tensor) -> torch.Tensor:
-    """The product's loss; or one with `row`'s label smoothing, hard negatives or hinge."""
+    """Return InfoNCE, with the label smoothing, hard negatives or hinge loss of `row`."""
     if not (row.label_smoothing or row.hard_negatives or row.hinge):
         return contrastive_loss(images, texts, image_index, model.logit_scale)
-    own = F.one_hot(image_index, len(images)).bool()  # (M, B)
+    positive = F.one_hot(image_index, len(images)).bool()  # (M, B)
     similarity = texts @ images.T
     logits = model.logit_scale.exp() * similarity
 
-    def harder(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        likely = (row.hard_negatives * logits.detach()).masked_fill(own, -torch.inf)
-        weights = likely.log_softmax(1) + (~own).sum(1, keepdim=True).log()  # their mean stays 1
-        return logits + weights.masked_fill(own, 0).clamp(min=-20)
+    def reweight(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+        likely = (row.hard_negatives * logits.detach()).masked_fill(positive, -torch.inf)
+        # The mean weight of the negatives stays 1.
+        weights = likely.log_softmax(1) + (~positive).sum(1, keepdim=True).log()
+        return logits + weights.masked_fill(positive, 0).clamp(min=-20)
 
-    of_texts, of_images = logits, logits.T
+    text_logits, image_logits = logits, logits.T
     if row.hard_negatives:
-        of_texts, of_images = harder(logits, own), harder(logits.T, own.T)
-    targets = own.T / own.T.sum(1, keepdim=True)
-    loss = (F.cross_entropy(of_texts, image_index, label_smoothing=row.label_smoothing)
-            + F.cross_entropy(of_images, targets, label_smoothing=row.label_smoothing)) / 2
+        text_logits, image_logits = reweight(logits, positive), reweight(logits.T, positive.T)
+    targets = positive.T / positive.T.sum(1, keepdim=True)
+    loss = (F.cross_entropy(text_logits, image_index, label_smoothing=row.label_smoothing)
+            + F.cross_entropy(image_logits, targets, label_smoothing=row.label_smoothing)) / 2
     if row.hinge:
         right = similarity.gather(1, image_index[:, None])[:, 0]
-        wrong = similarity.masked_fill(own, -1)
+        wrong = similarity.masked_fill(positive, -1)
         loss = loss + row.hinge * ((MARGIN + wrong.amax(1) - right).relu().mean()
                                    + (MARGIN + wrong.amax(0)[image_index] - right).relu().mean())
     return loss
 
 
 def row_optimizer(row: Row, model: DualEncoder) -> torch.optim.AdamW:
-    """The product's optimizer, in one kernel a step, with `row`'s own rates."""
-    rates = {id(model.text_encoder.embedding.weight): row.words_lr,
-             id(model.image_projection.linear.weight): row.image_head_lr}
-    groups = [group | {"params": [p], "lr": rates.get(id(p)) or row.lr, "fused": True}
-              for group in build_optimizer(model, row.lr, row.weight_decay).param_groups
-              for p in group["params"] if p.requires_grad]
-    return torch.optim.AdamW(groups)
+    """Return train.py's optimizer for the heads and words, in one kernel per step."""
+    groups = [group | {"params": [p for p in group["params"] if p.requires_grad]}
+              for group in build_optimizer(model, row.lr, row.weight_decay).param_groups]
+    return torch.optim.AdamW([group | {"fused": True} for group in groups if group["params"]])

@@ -1,9 +1,9 @@
-"""Search: what a query costs, cold and warm, alone and in batches, and how it grows.
+"""Measure search: a query with and without start-up, alone and in batches, for many sizes.
 
-    python -m benchmarks.search            # faiss-cpu and open_clip_torch are compared if installed
+    python -m benchmarks.search            # compares faiss-cpu and open_clip_torch if installed
 
-Embeddings are random unit rows and the weights random: neither changes the time. Ratios are of
-calls taken in turn; set OMP_NUM_THREADS to keep a shared machine quiet.
+Embeddings and weights are random, which does not change the time. Ratios are of alternating calls;
+set OMP_NUM_THREADS on a shared machine.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ TEXT = "two dogs running on the beach"
 
 
 def make_model(image_size: int) -> tuple[DualEncoder, Tokenizer]:
-    """A model of Flickr30k's size with random weights."""
+    """Return a model of Flickr30k's size with random weights."""
     words = TEXT.split() + [f"word{i}" for i in range(10_000)]
     tokenizer = Tokenizer.from_captions([" ".join(words)], 1, 32)
     return DualEncoder(ModelConfig(len(tokenizer), image_size=image_size)).eval(), tokenizer
 
 
-def make_photos(folder: Path, count: int) -> None:
-    """JPEGs of 500x375 with some detail."""
+def make_images(folder: Path, count: int) -> None:
+    """Write JPEGs of 500x375 with some detail."""
     folder.mkdir()
     for i in range(count):
         rng = np.random.default_rng(i)
@@ -47,19 +47,19 @@ def make_photos(folder: Path, count: int) -> None:
 
 
 def unit_rows(count: int, seed: int = 0) -> np.ndarray:
-    """(count, 256) float32."""
+    """Return (count, 256) float32 unit vectors."""
     rows = np.random.default_rng(seed).standard_normal((count, 256), dtype=np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def make_table() -> WordTable:
-    """The word table of that model."""
+    """Return the word table of that model."""
     model, tokenizer = make_model(64)
     return WordTable("", tokenizer.words, 32, {}, model.word_embeddings().numpy())
 
 
 def text_encoding() -> None:
-    """One text through our word table and through CLIP ViT-B/32's tower, tokenizing included."""
+    """Print the time to embed a text, and that of CLIP ViT-B/32, including tokenization."""
     table = make_table()
 
     def ours() -> object:
@@ -81,11 +81,11 @@ def text_encoding() -> None:
 
 
 def cold_and_build(folder: Path) -> None:
-    """Index build at 224 pixels, and a whole `python search.py` from start to answer."""
+    """Print the speed of indexing, and the time of `python search.py` from start to answer."""
     model, tokenizer = make_model(224)
     checkpoint = folder / "results" / "models" / "flickr30k_clip_best.pth"
     save_checkpoint(checkpoint, model, tokenizer, epoch=0, metrics={}, args={})
-    make_photos(folder / "photos", 256)
+    make_images(folder / "photos", 256)
     command = [sys.executable, "search.py", TEXT, "--images", str(folder / "photos"),
                "--results-dir", str(folder / "results")]
 
@@ -99,13 +99,13 @@ def cold_and_build(folder: Path) -> None:
     own, numpy_alone, torch_alone = interleaved([
         lambda: run(command), lambda: run([sys.executable, "-c", "import numpy"]),
         lambda: run([sys.executable, "-c", "import torch"])], 9)
-    print(f"python search.py, start to answer, index there: {spread(own, 1, 's')}; beside it "
+    print(f"python search.py, start to answer, index up to date: {spread(own, 1, 's')}; "
           f"'import numpy' {spread(numpy_alone, 1, 's')}, which it needs, and 'import torch' "
-          f"{spread(torch_alone, 1, 's')}, which it does without")
+          f"{spread(torch_alone, 1, 's')}, which it does not need")
 
 
 def growth(folder: Path) -> None:
-    """A warm query, and 100 at a time, over memory-mapped matrices, beside FAISS."""
+    """Print the time of one query and of 100 at once, and that of FAISS."""
     query = embed_queries(make_table(), [TEXT])[0].embedding[None]
     hundred = unit_rows(100, seed=1)
     print("\nphotos       one query                    queries/s by 100    "
@@ -123,7 +123,7 @@ def growth(folder: Path) -> None:
             flat = faiss.IndexFlatIP(256)
             flat.add(matrix)
             searches += [lambda f=flat: f.search(query, 10), lambda f=flat: f.search(hundred, 10)]
-        # Apart: a batch leaves the caches, and other libraries' threads, busy.
+        # Separately: a batch affects the caches and the threads of other libraries.
         one, *one_of_theirs = interleaved(searches[::2], repeats)
         many, *many_of_theirs = interleaved(searches[1::2], max(5, repeats // 9))
         against = (f"{ratio(one, one_of_theirs[0])}, {ratio(many, many_of_theirs[0])}"

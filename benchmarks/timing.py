@@ -1,4 +1,4 @@
-"""How the benchmarks time, and how they name the machine they ran on."""
+"""Measure time and memory, and describe the machine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def seconds(function: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Seconds of `repeats` calls, after one that does not count."""
+    """Return the seconds of `repeats` calls, after a first one to warm up."""
     return interleaved([function], repeats)[0]
 
 
 def interleaved(functions: list[Callable[[], object]], repeats: int = 5) -> list[list[float]]:
-    """Seconds of each function's calls, taken in turn, so that a slow minute hits them all."""
+    """Return the seconds of the calls of each function, called in turn, after one to warm up.
+
+    Calling in turn spreads a slow minute of the machine over all functions.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(repeats + 1):
         for function, own in zip(functions, times, strict=True):
@@ -33,20 +36,20 @@ def interleaved(functions: list[Callable[[], object]], repeats: int = 5) -> list
 
 
 def spread(times: list[float], unit: float = 1e3, name: str = "ms") -> str:
-    """Median and, in brackets, least and most."""
+    """Format the median, and in brackets the minimum and the maximum."""
     low, middle, high = (unit * value for value in (min(times), statistics.median(times),
                                                     max(times)))
     return f"{middle:,.3g} {name} ({low:,.3g} to {high:,.3g})"
 
 
 def ratio(times: list[float], others: list[float]) -> str:
-    """The median of the ratios pair by pair."""
+    """Format the median, minimum and maximum of the ratios of pairs."""
     pairs = [own / other for own, other in zip(times, others, strict=True)]
     return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
 def installed(package: str) -> str:
-    """A package's version, or '' where it is not installed."""
+    """Return the version of a package, or '' if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -54,7 +57,7 @@ def installed(package: str) -> str:
 
 
 def machine() -> str:
-    """Date, processor and versions, for the head of a table."""
+    """Return date, processor and versions, to print above a table."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -69,13 +72,13 @@ def machine() -> str:
 def one_process_each(
     module: str, contenders: list[str], repeats: int, flags: list[str]
 ) -> dict[str, list[dict]]:
-    """What `python -m MODULE --one CONTENDER FLAGS` reports, in turn, `repeats` times.
+    """Run `python -m MODULE --one CONTENDER FLAGS` for each contender in turn, `repeats` times.
 
-    A process of its own for each, since one's memory allocator, threads and caches would change
-    the other's time. The report is the last line of output, in JSON.
+    Each runs in a new process, so that the memory allocator, threads and caches of one do not
+    change the time of another. A report is the last line of output, in JSON.
 
     Returns:
-        contender -> its reports. One that lacks a package reports {"missing": its name}.
+        The reports of each contender; {"missing": name} if a package is not installed.
     """
     reports: dict[str, list[dict]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -87,27 +90,27 @@ def one_process_each(
 
 
 class PeakMemory:
-    """The most memory in use while the block runs, without the page cache's.
+    """Measure the peak memory of the process while the block runs, without the page cache.
 
     Attributes:
-        bytes: peak of the process's own pages, seen every 10 ms; where the kernel does not tell
-            them apart, all of its pages.
+        bytes: peak of the anonymous memory, read every 10 ms; or of the resident memory if the
+            kernel does not report that.
     """
 
     def __enter__(self) -> PeakMemory:
         self.bytes = self._now()
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._watcher.join()
         self.bytes = max(self.bytes, self._now())
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._stop.wait(0.01):
             self.bytes = max(self.bytes, self._now())
 
     @staticmethod

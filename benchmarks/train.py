@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plain
-from benchmarks.photos import write_data_set
+from benchmarks import naive
+from benchmarks.photos import write_dataset
 from benchmarks.timing import installed, machine, one_process_each, ratio, spread
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device
@@ -34,7 +34,7 @@ from src.training.optim import build_optimizer, build_schedule
 from src.utils.runtime import compute_dtype, grad_scaler, pick_device, seed_all, tune_malloc
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
-CONTENDERS = {"plain": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
+CONTENDERS = {"naive": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
               "ours": [], "ours, in place": [], "ours, eager": []}
 Pairs = list[tuple[Path, str]]
 
@@ -92,8 +92,8 @@ def table(args: argparse.Namespace, device: str) -> None:
             print(f"  {name:15} not measured: {', '.join(lacking[name])} is missing")
             continue
         speed = count / sorted(seconds[name])[len(seconds[name]) // 2]
-        against = f"   plain / this {ratio(seconds['plain'], seconds[name])}" \
-            if "plain" in seconds else ""
+        against = f"   naive / this {ratio(seconds['naive'], seconds[name])}" \
+            if "naive" in seconds else ""
         waited, warm_up = (reports[name][0].get(key) for key in ("wait_share", "warm_up"))
         print(f"  {name:15} {spread(seconds[name], 1, 's'):26} {speed:8,.1f} photos/s{against}"
               + (f"   waited for data {waited:.1%}" if waited is not None else "")
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         tune_malloc()  # as train.py does
     device = pick_device(args.device)
     count = args.steps * args.batch_size
-    source = write_data_set(folder, count + 1, args.photos)  # one validates
+    source = write_dataset(folder, count + 1, args.photos)  # one validates
     records = source.splits["train"]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     seed_all(0, "weights")
@@ -194,18 +194,18 @@ def theirs(
     device: torch.device,
 ) -> dict:
     """The other scripts, from the same weights where the network is the same."""
-    kinds = {"plain": (plain.PlainModel, plain.plain_loader),
-             "timm": (plain.TimmModel, plain.timm_loader),
-             "open_clip": (plain.TimmModel, plain.open_clip_loader)}
+    kinds = {"naive": (naive.NaiveModel, naive.naive_loader),
+             "timm": (naive.TimmModel, naive.timm_loader),
+             "open_clip": (naive.TimmModel, naive.open_clip_loader)}
     make_model, make_loader = kinds[name]
     size = model.config.image_size
     other = make_model(len(tokenizer), size, dropout=0.0, drop_connect=0.0)
-    loss_function = plain.plain_loss
+    loss_function = naive.naive_loss
     if name == "open_clip":
         from open_clip.loss import ClipLoss
 
         loss_function = ClipLoss()
-    if name == "plain":
+    if name == "naive":
         other.load_state_dict(model.state_dict())
     else:
         # timm names its tensors otherwise; the rest is the same.
@@ -213,14 +213,14 @@ def theirs(
                                if not key.startswith("image_encoder.")}, strict=False)
     other.to(device)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    flags = dict(lr=LR, device=device, mixed_precision=name != "plain")
+    flags = dict(lr=LR, device=device, mixed_precision=name != "naive")
     # One step to warm up, of which nothing stays.
-    plain.train(other, make_loader(pairs[:batch_size], tokenizer.encode, size, batch_size),
+    naive.train(other, make_loader(pairs[:batch_size], tokenizer.encode, size, batch_size),
                 loss_function, **flags)
     other.load_state_dict(before)
     loader = make_loader(pairs, tokenizer.encode, size, batch_size)
     start = time.perf_counter()
-    losses = plain.train(other, loader, loss_function, **flags)
+    losses = naive.train(other, loader, loss_function, **flags)
     return {"seconds": time.perf_counter() - start, "losses": losses}
 
 

@@ -1,7 +1,7 @@
-"""The rooms. Imported before torch, so that one setting reaches its threads."""
+"""Set an environment variable before torch is imported, when its threads read it."""
 
 import os
 
-# Threads that wait for each other soon sleep instead of spinning on. It costs nothing that could be
-# measured; with other work on the machine, spinning made a training step several times as slow.
+# OpenMP threads that wait for each other soon sleep instead of spinning. This cost nothing
+# measurable; on a busy machine, spinning made a training step several times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,20 +1,21 @@
-"""What the scripts' command lines share: where the data lie and where the results go."""
+"""Command-line flags that the scripts share, and the paths that they stand for."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from src.training.recipes import RECIPES
+from src.training.recipes import IMAGE_SIZES, RECIPES
 from src.utils.errors import UserError
-from src.utils.paths import DataPaths, ResultPaths
+from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # Flags and recipes of earlier versions -> their names today.
-RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
-           "--recipe seed": "--recipe baseline"}
+RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta", "seed": "baseline"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,168 +26,184 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> None:
-        """Exit with status 2; print the error, the nearest flag, and where help is."""
-        for unknown in re.findall(r"--[\w-]+", message.partition("unrecognized arguments")[2]):
-            known = [flag for action in self._actions for flag in action.option_strings]
-            near = RENAMED.get(unknown) or next(iter(difflib.get_close_matches(unknown, known, 1)),
-                                                "")
-            message += f"; did you mean {near}?" if near else ""
-        if "--recipe" in message and "'seed'" in message:
-            message += "; the recipe seed is called baseline now"
+        """Exit with status 2; print the error, the nearest valid names, and where help is."""
+        unknown = re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2])
+        unknown += re.findall(r"--recipe: invalid choice: '([^']*)'", message)
+        valid = {name: name for name in (*self._option_string_actions, *RECIPES)}
+        valid |= {old: new for old, new in RENAMED.items() if new in valid}
+        nearest = [valid[match] for name in unknown
+                   for match in difflib.get_close_matches(name, valid, 1)]
+        if nearest:
+            message += f"; did you mean {', '.join(nearest)}?"
         if os.environ.get("LOCAL_RANK", "0") != "0":
             self.exit(2)  # the first process of this machine prints it
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """--demo and --results-dir: what every script knows."""
-    group = parser.add_argument_group("place")
+    """Add --demo and --results-dir, which every script has."""
+    group = parser.add_argument_group("paths")
     group.add_argument("--demo", action="store_true",
-                       help="the small drawn world: data/demo and results/demo")
+                       help="use the synthetic dataset: data/demo and results/demo")
     group.add_argument("--results-dir", type=Path, metavar="DIR",
-                       help="where everything is written (default: results)")
+                       help="folder of all results (default: results)")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint and --pretrained, of which one may be given; both set `checkpoint`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--checkpoint", type=Path, metavar="FILE",
+                       help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+    group.add_argument("--pretrained", action="store_const", const=PRETRAINED, dest="checkpoint",
+                       help="use the model that comes with the repository")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--data-dir, --images, --annotations, --cache-dir: where the photos and captions are."""
+    """Add the flags that name the images and captions, and --strict."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", type=Path, metavar="DIR",
-                       help="holds images/ and annotations/annotations.csv "
+                       help="folder with images/ and annotations/annotations.csv "
                        "(default: data/flickr30k)")
     group.add_argument("--images", type=Path, metavar="DIR",
-                       help="folder of photos (default: DATA_DIR/images)")
+                       help="folder of images (default: DATA_DIR/images)")
     group.add_argument("--annotations", type=Path, metavar="FILE",
                        help="caption file in any known format "
                        "(default: DATA_DIR/annotations/annotations.csv)")
     group.add_argument("--cache-dir", type=Path, metavar="DIR",
-                       help="where the decoded photos are kept (default: beside the images)")
+                       help="folder of the decoded images (default: beside the image folder)")
     group.add_argument("--strict", action="store_true",
-                       help="end with status 1 where a caption row or a photo cannot be used")
+                       help="exit with status 1 if a caption row or an image cannot be used")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seed, --val-fraction, --max-images: which photos train and which validate."""
+    """Add the flags that determine which images are in which split."""
     group = parser.add_argument_group("split")
     group.add_argument("--seed", type=int, default=0,
-                       help="of the split and of all that is random (default: %(default)s)")
+                       help="seed of the split and of all random numbers (default: %(default)s)")
     group.add_argument("--val-fraction", type=fraction, default=0.1, metavar="X",
-                       help="share of the photos that validates, where the caption file has no "
-                       "split of its own (default: %(default)s)")
+                       help="share of the images in the validation split, if the caption file has "
+                       "no split of its own (default: %(default)s)")
     group.add_argument("--max-images", type=positive_int, metavar="N",
-                       help="take only N photos, for a quick try (default: all)")
+                       help="use only N images, for a quick try (default: all)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sizes of the model, where its weights come from, what is dropped in training."""
+    """Add the flags of the model: sizes, initial weights, dropout."""
     from src.models.image_encoder import IMAGE_ENCODERS  # imports torch, which takes seconds
 
     group = parser.add_argument_group("model")
     group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                       help="(default: %(default)s)")
+                       metavar="NAME",
+                       help=f"{', '.join(IMAGE_ENCODERS)} (default: %(default)s)")
     group.add_argument("--weights", metavar="imagenet|none|PATH",
-                       help="the image encoder's start (default: %(default)s)")
+                       help="initial weights of the image encoder (default: %(default)s)")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
-                       help="side of the input pictures (default: %(default)s)")
+                       help="height and width of the input (default: %(default)s)")
     group.add_argument("--embed-dim", type=positive_int, default=256, metavar="D",
-                       help="of the shared space (default: %(default)s)")
+                       help="dimensions of the shared embedding space (default: %(default)s)")
     group.add_argument("--token-dim", type=positive_int, metavar="D",
-                       help="of the word embeddings (default: %(default)s)")
+                       help="dimensions of the word embeddings (default: %(default)s)")
     group.add_argument("--context-length", type=positive_int, default=32, metavar="WORDS",
-                       help="words kept of a caption (default: %(default)s)")
+                       help="words of a caption that are used (default: %(default)s)")
     group.add_argument("--min-freq", type=positive_int, metavar="N",
-                       help="a word must come N times in the train captions (default: %(default)s)")
+                       help="the vocabulary holds the words that occur at least N times in "
+                       "the training captions (default: %(default)s)")
     group.add_argument("--dropout", type=fraction, metavar="P",
-                       help="of the features before the projections (default: %(default)s)")
+                       help="dropout rate before the projections (default: %(default)s)")
     group.add_argument("--drop-connect", type=fraction, metavar="P",
-                       help="of the image encoder's last residual block (default: %(default)s)")
+                       help="stochastic depth rate of the image encoder's last block "
+                       "(default: %(default)s)")
     group.add_argument("--word-dropout", type=fraction, metavar="P",
-                       help="share of its words that a caption does without in training "
+                       help="share of the words that are dropped from a caption in training "
                        "(default: %(default)s)")
     group.add_argument("--flip-tta", action=argparse.BooleanOptionalAction,
-                       help="wherever it is not trained on, describe a photo by the mean of its "
-                       "own and its mirror image's features, for a second image pass a photo "
-                       "(default: %(default)s)")
+                       help="in evaluation and search, average the features of an image and its "
+                       "horizontal flip, for twice the time (default: %(default)s)")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe and all that it says, what is frozen, and what the machine can bear."""
+    """Add the flags of the recipe and of the machine."""
     from src.utils.runtime import PRECISIONS  # imports torch
 
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=RECIPES,
-                       help="defaults for the flags here; a flag given by hand beats it "
-                       "(default: baseline; with --demo: demo)")
-    group.add_argument("--epochs", type=positive_int, help="(default: %(default)s)")
-    group.add_argument("--batch-size", type=positive_int, metavar="PHOTOS",
-                       help="of all processes together (default: %(default)s)")
+                       help="defaults for the training and model flags; a flag on the command line "
+                       "has priority (default: baseline; with --demo: demo)")
+    group.add_argument("--epochs", type=positive_int, metavar="N",
+                       help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=positive_int, metavar="IMAGES",
+                       help="images per step, over all processes (default: %(default)s)")
     group.add_argument("--captions-per-image", type=positive_int, metavar="N",
-                       help="captions that each photo brings to a batch; with 5 an epoch takes "
-                       "a fifth of the image passes (default: %(default)s)")
-    group.add_argument("--lr", type=positive_float, help="(default: %(default)s)")
+                       help="captions that each image brings to a batch; with 5 an epoch needs a "
+                       "fifth of the image passes (default: %(default)s)")
+    group.add_argument("--lr", type=positive_float, help="learning rate (default: %(default)s)")
     group.add_argument("--image-encoder-lr", type=positive_float, metavar="LR",
-                       help="of the image encoder alone (default: as --lr)")
-    group.add_argument("--weight-decay", type=non_negative_float, help="(default: %(default)s)")
+                       help="learning rate of the image encoder (default: --lr)")
+    group.add_argument("--weight-decay", type=non_negative_float, metavar="X",
+                       help="(default: %(default)s)")
     group.add_argument("--schedule", choices=("constant", "cosine"),
-                       help="of the learning rate (default: %(default)s)")
+                       help="learning rate schedule (default: %(default)s)")
     group.add_argument("--warmup-steps", type=non_negative_int, metavar="N",
                        help="steps of linear warm-up (default: %(default)s)")
-    group.add_argument("--ema-decay", type=fraction, metavar="SHARE",
-                       help="evaluate and keep a moving average of the weights, of which each step "
-                       "keeps this share, and less in a run's first steps; 0 for the weights "
-                       "themselves (default: %(default)s)")
+    group.add_argument("--ema-decay", type=fraction, metavar="DECAY",
+                       help="evaluate and save an exponential moving average of the weights; 0 "
+                       "for the weights themselves (default: %(default)s)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                       help="mirror half of the photos (default: %(default)s)")
+                       help="flip half of the images horizontally (default: %(default)s)")
     group.add_argument("--freeze-image-encoder", action="store_true",
-                       help="compute the image features once, keep them, and train the rest on "
+                       help="compute the image features once, save them, and train the rest on "
                        "them: minutes on a laptop")
     group.add_argument("--head-epochs", type=non_negative_int, metavar="N",
-                       help="train so for the first N epochs, then everything "
-                       "(default: %(default)s)")
+                       help="train with a frozen image encoder for the first N epochs, then "
+                       "everything (default: %(default)s)")
     group.add_argument("--freeze-batchnorm", action=argparse.BooleanOptionalAction,
-                       help="normalize with the statistics that the weights came with "
+                       help="normalize with the running statistics of the initial weights "
                        "(default: %(default)s)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps "
-                         "(default: %(default)s)")
+    machine.add_argument("--device", default="auto",
+                         help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
-                         help="of products and convolutions in training; auto: bfloat16 where the "
-                         "device has it (default: %(default)s)")
+                         help="of matrix products and convolutions in training; auto is bfloat16 "
+                         "if the device supports it (default: %(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
                          "or more at the first step (default: %(default)s)")
-    machine.add_argument("--chunk-size", type=positive_int, metavar="PHOTOS",
-                         help="train each process's batch in pieces of this size: the same "
-                         "gradient, but for BatchNorm where it is not frozen, in less memory, for "
-                         "a second pass forward (default: off)")
+    machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
+                         help="train the batch of each process in chunks of this size: the same "
+                         "gradient in less memory, for a second forward pass; BatchNorm, unless "
+                         "frozen, then sees one chunk (default: off)")
     machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
-                         help="save within an epoch too; at most so much is lost to a power cut "
-                         "(default: %(default)s)")
+                         help="save within an epoch too, so that a power cut costs at most this "
+                         "time (default: %(default)s)")
     machine.add_argument("--deterministic", action="store_true",
-                         help="on a GPU too the same bits in every run, where that is slower; the "
-                         "CPU gives them anyway")
+                         help="give the same bits in every run on a GPU too, at some cost in "
+                         "speed; a CPU always does")
     machine.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
-                         help="continue the run in --results-dir, with its flags; auto: continue "
-                         "it if there is one, and start it otherwise")
+                         help="continue the run in --results-dir with its flags; auto: continue it "
+                         "if there is one, and start it otherwise")
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
-    """Make the recipe that `argv` chooses the parser's defaults; --demo chooses 'demo'."""
+    """Set the parser's defaults to the recipe that `argv` chooses; --demo chooses 'demo'."""
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--demo", action="store_true")
     chooser.add_argument("--recipe")
+    chooser.add_argument("--image-encoder")
     chosen = chooser.parse_known_args(argv)[0]
     recipe = chosen.recipe or ("demo" if chosen.demo else "baseline")
-    # One that there is not is refused when the parser sees it.
+    # `parser` itself refuses an unknown recipe.
     parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
+    if recipe != "demo" and chosen.image_encoder in IMAGE_SIZES:
+        parser.set_defaults(image_size=IMAGE_SIZES[chosen.image_encoder])
 
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:
-    """The places that the arguments of `add_results_arguments` mean."""
+    """Return the result paths for the arguments of `add_results_arguments`."""
     return ResultPaths(args.results_dir or Path("results/demo" if args.demo else "results"))
 
 
 def resolve_data(args: argparse.Namespace) -> DataPaths:
-    """The places that the arguments of `add_data_arguments` mean."""
+    """Return the data paths for the arguments of `add_data_arguments`."""
     data = args.data_dir or Path("data/demo" if args.demo else "data/flickr30k")
     images = args.images or data / "images"
     return DataPaths(
@@ -197,27 +214,26 @@ def resolve_data(args: argparse.Namespace) -> DataPaths:
 
 
 def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
-    """With --demo, draw the demo's world where the data are looked for, if it is not there yet.
+    """With --demo, draw the synthetic dataset unless it is complete already.
 
     Raises:
-        UserError: --images or --annotations say that the data are elsewhere.
+        UserError: --images or --annotations name other data.
     """
-    if args.demo and (args.images or args.annotations):
-        raise UserError("--demo brings its own photos and captions: leave out --images and "
+    if not args.demo:
+        return
+    if args.images or args.annotations:
+        raise UserError("--demo has its own images and captions: leave out --images and "
                         "--annotations, or leave out --demo")
-    if args.demo:
-        from src.data.synthetic import (
-            make_demo_dataset,  # brings Pillow, which no other command line needs
-        )
+    from src.data.synthetic import make_demo_dataset  # imports Pillow, which only --demo needs
 
-        make_demo_dataset(data.images.parent)
+    make_demo_dataset(data.images.parent)
 
 
 def prepare_results(folder: Path) -> None:
-    """Make the results folder and see that it can be written, before hours of work depend on it.
+    """Create the results folder and check that it is writable, before hours of work depend on it.
 
     Raises:
-        UserError: a file stands in its place, or it may not be written.
+        UserError: a file has that name, or the folder is not writable.
     """
     try:
         (folder / "models").mkdir(parents=True, exist_ok=True)
@@ -225,69 +241,49 @@ def prepare_results(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write results to {folder}: {error.strerror}; "
-                        "choose another place with --results-dir") from error
+        raise UserError(f"cannot write results to {folder}: {error.strerror}; choose another "
+                        "folder with --results-dir") from error
 
 
-def positive_int(text: str) -> int:
-    """argparse type: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def number(
+    kind: type[int] | type[float], requirement: str, is_valid: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """Return an argparse type: a `kind` for which `is_valid` holds, or an error that says which."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {requirement}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it for text that is not a number
+    return parse
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """argparse type: a whole number from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """argparse type: a number from 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError("must be from 0 to below 1")
-    return value
+positive_int = number(int, "at least 1", lambda value: value >= 1)
+positive_float = number(float, "a finite number above 0", lambda value: 0 < value < math.inf)
+non_negative_int = number(int, "at least 0", lambda value: value >= 0)
+non_negative_float = number(float, "a finite number from 0", lambda value: 0 <= value < math.inf)
+fraction = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def defaults_from_checkpoint(
     parser: argparse.ArgumentParser, argv: list[str] | None, content: dict
 ) -> argparse.Namespace:
-    """Parse again, with the checkpoint's training run as the defaults of data and split.
+    """Parse `argv` with the data and split of the checkpoint's training run as defaults.
 
-    So a split is evaluated as it was trained on, without saying so again. Where a flag says where
-    the data are, none of the run's own places count.
+    A split is then evaluated as it was trained on. If a flag names the data, the paths of the
+    training run are not used.
     """
     trained = content.get("args", {})
     given = parser.parse_args(argv)
-    places = ("data_dir", "images", "annotations", "cache_dir")
+    paths = ("data_dir", "images", "annotations", "cache_dir")
     defaults = {name: trained.get(name) for name in ("seed", "val_fraction", "max_images")}
-    if not any(getattr(given, name, None) for name in places):
-        defaults |= {name: Path(trained[name]) for name in places if trained.get(name)}
+    if not any(getattr(given, name, None) for name in paths):
+        defaults |= {name: Path(trained[name]) for name in paths if trained.get(name)}
         if trained.get("demo"):
             defaults.setdefault("data_dir", Path("data/demo"))
-    known = vars(given)
     parser.set_defaults(**{name: value for name, value in defaults.items()
-                           if name in known and value is not None})
+                           if name in given and value is not None})
     return parser.parse_args(argv)
 
 

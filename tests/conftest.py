@@ -1,4 +1,4 @@
-"""Tiny data that the tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from hypothesis import settings
 
 from tests.tiny_data import make_tiny_data
 
-torch.set_num_threads(1)  # models this small spend their time waiting for each other
+torch.set_num_threads(1)  # small models are slower with several threads
 
-# The same examples in every run, and as long as they take. A thorough run, with other examples
-# each time: python -m pytest --hypothesis-profile nightly
+# The default profile has the same examples in every run. A thorough run with new examples each
+# time: python -m pytest --hypothesis-profile nightly
 settings.register_profile("suite", max_examples=200, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
 settings.load_profile("suite")
 
+
 @pytest.fixture(autouse=True, scope="session")
 def float32() -> Iterator[None]:
-    """Every processor computes in float32, so that the tests see the same numbers everywhere."""
+    """Compute in float32 on every CPU, so that the tests see the same numbers everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("src.utils.runtime.cpu_has_bfloat16", lambda: False)
         yield
@@ -31,18 +32,18 @@ def float32() -> Iterator[None]:
 
 @pytest.fixture()
 def tiny_data(tmp_path: Path) -> tuple[Path, Path]:
-    """12 photos of 20x24 pixels, JPEG and PNG, with five captions each: (images, annotations)."""
+    """12 images of 20x24 pixels, JPEG and PNG, with five captions each: (images, annotations)."""
     return make_tiny_data(tmp_path / "data")
 
 
 @pytest.fixture()
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte, which only root can mount, and not everywhere."""
+    """A disk of one megabyte; skips where it cannot be mounted, which needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if not sys.platform.startswith("linux") or subprocess.run(
             command, capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
+        pytest.skip("a small disk cannot be mounted here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)

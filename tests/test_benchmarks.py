@@ -1,4 +1,4 @@
-"""The scripts that we measure against compute what ours does."""
+"""The scripts of the benchmarks compute the same as this project."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import plain
-from benchmarks.photos import write_data_set
+import search
+import train
+from benchmarks import naive, pretrained
+from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
+from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
@@ -22,26 +25,26 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[DualEncoder, plain.PlainModel]:
-    """Both with the same weights, and nothing dropped."""
+def models() -> tuple[DualEncoder, naive.NaiveModel]:
+    """Return both models with the same weights and without dropout."""
     torch.manual_seed(0)
     ours = DualEncoder(ModelConfig(50, image_size=SIZE, dropout=0.0, drop_connect=0.0))
-    theirs = plain.PlainModel(50, SIZE, dropout=0.0, drop_connect=0.0)
+    theirs = naive.NaiveModel(50, SIZE, dropout=0.0, drop_connect=0.0)
     theirs.load_state_dict(ours.state_dict())  # every name, every shape
     return ours.train(), theirs.train()
 
 
-def test_plain_model_is_ours(models: tuple) -> None:
-    """The same embeddings, loss and gradients from the same weights and batch."""
+def test_naive_model_equals_the_dual_encoder(models: tuple) -> None:
+    """The same weights and batch give the same loss and gradients."""
     ours, theirs = models
     images = torch.randn(6, 3, SIZE, SIZE)
     tokens = torch.randint(2, 50, (6, 8))
     tokens[:, 5:] = 0
     loss = contrastive_loss(*ours(images, tokens), torch.arange(6), ours.logit_scale)
-    plain_loss = plain.plain_loss(*theirs(images, tokens), theirs.logit_scale.exp())
-    assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)
+    naive_loss = naive.naive_loss(*theirs(images, tokens), theirs.logit_scale.exp())
+    assert loss.item() == pytest.approx(naive_loss.item(), rel=1e-4)
     loss.backward()
-    plain_loss.backward()
+    naive_loss.backward()
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         other = gradients[name].grad
@@ -49,42 +52,65 @@ def test_plain_model_is_ours(models: tuple) -> None:
         assert error < 1e-2, name
 
 
-def test_plain_photos_are_ours(tmp_path: Path) -> None:
-    """Decoding, resizing and normalising by hand gives what comes from the store."""
-    source = write_data_set(tmp_path, 4)
+def test_naive_input_equals_the_pixel_store(tmp_path: Path) -> None:
+    """torchvision's transforms of an image file give the pixels of the store, normalized."""
+    source = write_dataset(tmp_path, 4)
     records = source.splits["train"]
     names = [record.name for record in records]
     pairs = [(source.images / record.name, record.captions[0]) for record in records]
     tokenizer = Tokenizer.from_captions([caption for _, caption in pairs], 1, 32)
-    images, tokens = next(iter(plain.plain_loader(pairs, tokenizer.encode, 224, len(pairs))))
+    images, tokens = next(iter(naive.naive_loader(pairs, tokenizer.encode, 224, len(pairs))))
     store = PixelStore.build(tmp_path / "store", source.images, names, 224)
     pixels = torch.from_numpy(store.pixels[[store.rows[name] for name in names]])
     torch.testing.assert_close(images, eval_transform(pixels, 224), rtol=0, atol=1e-5)
     assert torch.equal(tokens, tokenizer.encode([caption for _, caption in pairs]))
 
 
-def test_plain_training_learns(models: tuple, tmp_path: Path) -> None:
-    """A step of the plain script is AdamW's: an epoch of one batch twice lowers its loss."""
-    source = write_data_set(tmp_path, 7)
+def test_naive_training_lowers_the_loss(tmp_path: Path) -> None:
+    """Of two steps on the same batch the second has the lower loss."""
+    source = write_dataset(tmp_path, 7)
     pairs = [(source.images / r.name, r.captions[0]) for r in source.splits["train"]]
     tokenizer = Tokenizer.from_captions([caption for _, caption in pairs], 1, 8)
-    model = plain.PlainModel(len(tokenizer), SIZE, dropout=0.0, drop_connect=0.0)
-    loader = plain.plain_loader(pairs * 2, tokenizer.encode, SIZE, len(pairs))
-    first, second = plain.train(model, loader, plain.plain_loss, lr=1e-3,
+    model = naive.NaiveModel(len(tokenizer), SIZE, dropout=0.0, drop_connect=0.0)
+    loader = naive.naive_loader(pairs * 2, tokenizer.encode, SIZE, len(pairs))
+    first, second = naive.train(model, loader, naive.naive_loss, lr=1e-3,
                                 device=torch.device("cpu"), mixed_precision=False)
     assert second < first
 
 
-def test_peak_memory_sees_what_was_freed() -> None:
-    """A block that comes and goes within the stage counts, at about its size."""
+def test_pretrained_model_and_card(
+    tmp_path: Path, tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command writes a checkpoint that search.py takes, and a card with its metrics."""
+    images, annotations = tiny_data
+    train.main(["--images", str(images), "--annotations", str(annotations), "--image-size", "32",
+                "--weights", "none", "--epochs", "1", "--batch-size", "4", "--no-flip",
+                "--results-dir", str(tmp_path / "run"), "--val-fraction", "0.4"])
+    output = tmp_path / "new" / "dual_encoder.pth"
+    best = tmp_path / "run" / "models" / "flickr30k_clip_best.pth"
+    assert pretrained.main([str(best), "--output", str(output), "--data", "noise",
+                            "--limits", "everything"]) == 0
+    card = output.with_name("README.md").read_text()
+    assert "`python train.py --recipe baseline --image-encoder efficientnet-b0 " in card
+    assert "--no-flip" in card and "--image-size 32" in card and str(tmp_path) not in card
+    metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
+    assert f"| {metrics['rsum']:.1f} |" in card
+    capsys.readouterr()
+    assert search.main(["--checkpoint", str(output), "--images", str(images), "red thing",
+                        "--results-dir", str(tmp_path / "search")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
+
+
+def test_peak_memory_counts_freed_memory() -> None:
+    """A block that is allocated and freed while the memory is measured counts with its size."""
     with PeakMemory() as peak:
         before = peak.bytes
-        # Pages of its own: the C library may have kept some that earlier tests freed.
+        # New pages: the C library may have kept memory that earlier tests freed.
         block = np.frombuffer(mmap.mmap(
             -1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         block[:] = 1
         tries = 0
-        while peak.bytes - before < 150_000_000 and tries < 10_000:  # the watcher's turn will come
+        while peak.bytes - before < 150_000_000 and tries < 10_000:  # until the thread reads it
             block[:1_000_000] += 1
             tries += 1
         del block

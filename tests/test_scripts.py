@@ -1,4 +1,4 @@
-"""The scripts from end to end: main.py, train.py and train_image_only.py on tiny data."""
+"""The scripts from end to end, on tiny data; evaluate.py and search.py also in test_search.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import main as main_script
+import search
 import train
 import train_image_only
+from src.cli import Parser
 from src.data.images import load_image
 from src.evaluation.embed import evaluate_retrieval
 from src.models.checkpoint import load_checkpoint
@@ -26,6 +29,7 @@ from src.training.run_state import RunState
 from src.utils.errors import UserError, run_script
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
+from tests.compare import differences
 from tests.tiny_data import make_tiny_data
 
 BEST, LAST = "models/flickr30k_clip_best.pth", "models/flickr30k_clip_last.pth"
@@ -35,7 +39,7 @@ MODEL = ["--image-size", "32", "--embed-dim", "16", "--token-dim", "24", "--cont
 
 
 class Run:
-    """train.py on tiny data, each call with a results folder of its own."""
+    """Run train.py on tiny data, each time with its own results folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +47,7 @@ class Run:
         self.data = ["--images", str(self.images), "--annotations", str(self.annotations)]
 
     def __call__(self, results: str, *flags: str, epochs: int = 1, status: int = 0) -> Path:
-        """Train with small settings and `flags`; returns the results folder."""
+        """Train a small model with `flags`, and return the results folder."""
         assert train.main([
             *self.data, *MODEL, "--cache-dir", str(self.folder / "cache"),
             "--results-dir", str(self.folder / results), "--val-fraction", "0.25",
@@ -53,10 +57,10 @@ class Run:
         return self.folder / results
 
     def resume(self, results: str, *flags: str, status: int = 0) -> Path:
-        """Go on with a run, with nothing said anew but `flags`."""
-        place = self.folder / results
-        assert train.main(["--resume", "--results-dir", str(place), *flags]) == status
-        return place
+        """Resume a run with `flags`, and return its results folder."""
+        folder = self.folder / results
+        assert train.main(["--resume", "--results-dir", str(folder), *flags]) == status
+        return folder
 
     def copy(self, source: str, target: str) -> None:
         """Copy a results folder."""
@@ -65,22 +69,22 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Tiny data with one decoded store for all runs of this file."""
+    """Tiny data, with one pixel store for all runs of this module."""
     return Run(tmp_path_factory.mktemp("scripts"))
 
 
 @pytest.fixture(scope="module")
 def trained(run: Run) -> Path:
-    """The results of one epoch."""
+    """The results folder of a run of one epoch."""
     return run("one")
 
 
 @pytest.fixture
 def stubs(monkeypatch):
-    """Epochs that cost nothing and score as they are told.
+    """Replace training and evaluation by functions that return at once.
 
-    Attributes: `rsums`, what the coming evaluations give; `seen`, the optimizer's (lr, decay) of
-    each epoch that was run.
+    Attributes: `rsums`, the results of the next evaluations; `seen`, the learning rate and weight
+    decay of each epoch so far.
     """
     class Stubs:
         rsums: list[float] = []
@@ -106,34 +110,21 @@ def stubs(monkeypatch):
 
 
 def read_log(results: Path) -> list[dict]:
-    """The epochs of log.jsonl without what the clock says."""
+    """Return the epochs of log.jsonl without their times."""
     lines = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def load(path: Path) -> dict:
-    """A file of tensors and plain values."""
+    """Load a file of tensors and plain values."""
     return torch.load(path, weights_only=True)
-
-
-def differing(a: object, b: object, where: str = "") -> list[str]:
-    """The places where two nests of plain values and tensors differ in any bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        missing = [f"{where}/{key}" for key in a.keys() ^ b.keys()]
-        return missing + [place for key in a.keys() & b.keys()
-                          for place in differing(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [place for i, pair in enumerate(zip(a, b, strict=True))
-                for place in differing(*pair, f"{where}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [where]
 
 
 # train.py
 
 
-def test_train_writes_all_that_it_promises(run, trained):
-    """Two checkpoints, the log, the arguments, two pictures and the list of rejected input."""
+def test_train_writes_the_files_of_its_docstring(run, trained):
+    """Two checkpoints, the log, the arguments, two plots and the list of rejected input."""
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert files == {BEST, LAST, "log.jsonl", "args.json", "curves.png", "examples.png",
                      "rejected.csv", ".lock"}
@@ -146,7 +137,7 @@ def test_train_writes_all_that_it_promises(run, trained):
         1e-3, str(run.images), "baseline")
     (line,) = read_log(trained)
     assert line["epoch"] == 1 and line["lr"] == 1e-3 and line["loss"] > 0
-    assert line["steps"] == 9 * 3 // 4  # 9 photos train, each three times: 2 + 2 + 1 captions
+    assert line["steps"] == 9 * 3 // 4  # 9 training images, three groups of captions each
     assert best["metrics"] == line["metrics"]
     for name in ("curves.png", "examples.png"):
         assert load_image(trained / name).width > 500
@@ -154,32 +145,32 @@ def test_train_writes_all_that_it_promises(run, trained):
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Two results folders hold the same log but for the times, and the same bits in both files."""
+    """Assert that two results folders have the same log, except times, and the same bits."""
     assert read_log(a) == read_log(b)
     for name in (BEST, LAST):
         one, other = load(a / name), load(b / name)
         assert one.keys() == other.keys()
         for part in one.keys() - {"args", "log", "progress"}:
-            assert differing(one[part], other[part], part) == []
+            assert differences(one[part], other[part], part) == []
 
 
 @pytest.fixture(scope="module")
 def straight(run) -> Path:
-    """Two epochs in one go."""
+    """The results folder of an uninterrupted run of two epochs."""
     return run("straight", epochs=2)
 
 
 def test_resumed_equals_uninterrupted(run, trained, straight):
-    """One epoch and another after --resume end in the same bits as two in one go."""
+    """One epoch and another after --resume give the same bits as two epochs at once."""
     run.copy("one", "resumed")
     resumed = run.resume("resumed", "--epochs", "2")
     assert_same_run(resumed, straight)
-    assert differing(load(resumed / LAST)["model_state"],
-                     load(trained / LAST)["model_state"]) != []  # it went on
+    assert differences(load(resumed / LAST)["model_state"],
+                     load(trained / LAST)["model_state"]) != []  # it trained
 
 
 def interrupt(monkeypatch, after: int, action) -> None:
-    """Do `action` after that many steps of training, counted over the epochs."""
+    """Call `action` after that many steps of training, counted over all epochs."""
     steps = itertools.count(1)
 
     def epoch(*args, **options):
@@ -196,7 +187,7 @@ def interrupt(monkeypatch, after: int, action) -> None:
 
 
 class PowerCut(BaseException):
-    """Nothing more is done."""
+    """An end of the process without cleaning up."""
 
 
 def power_cut():
@@ -204,8 +195,8 @@ def power_cut():
 
 
 @pytest.mark.parametrize("after", [1, 4, 6, 7, 9, 12])
-def test_a_power_cut_at_any_step_costs_nothing(run, straight, monkeypatch, after):
-    """Saved after each step, cut off at some step, resumed: the same bits and log as in one go."""
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(run, straight, monkeypatch, after):
+    """A run that saves each step, is killed, and resumes, equals the uninterrupted run."""
     results = f"cut {after}"
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         interrupt(patch, after, power_cut)
@@ -218,9 +209,9 @@ def test_a_power_cut_at_any_step_costs_nothing(run, straight, monkeypatch, after
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_it_goes_on_and_does(run, straight, monkeypatch, capsys, number):
-    """Ctrl-C and a cluster's SIGTERM finish the step, save, and tell the command; the resumed run
-    ends in the same bits. Nothing was saved before: --save-every is far away."""
+def test_a_stopped_run_prints_how_to_resume(run, straight, monkeypatch, capsys, number):
+    """SIGINT and SIGTERM finish the step, save, and print the command that continues the run; it
+    gives the same bits. Nothing was saved before, since --save-every is 10 minutes."""
     results = f"stopped {number}"
     with monkeypatch.context() as patch:
         interrupt(patch, 8, lambda: os.kill(os.getpid(), number))
@@ -232,9 +223,9 @@ def test_a_stopped_run_says_how_it_goes_on_and_does(run, straight, monkeypatch, 
     assert_same_run(run.folder / results, straight)
 
 
-def test_the_second_signal_ends_at_once(run, monkeypatch):
-    """Whoever presses Ctrl-C twice is not kept waiting for the step."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells leave us deaf
+def test_a_second_signal_stops_at_once(run, monkeypatch):
+    """A second Ctrl-C does not wait for the end of the step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores SIGINT
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -245,8 +236,8 @@ def test_the_second_signal_ends_at_once(run, monkeypatch):
         run("twice")
 
 
-def test_a_schedule_spans_an_interrupted_run(run, monkeypatch):
-    """Warm-up and cosine too go on as if nothing had happened."""
+def test_a_resumed_run_continues_its_schedule(run, monkeypatch):
+    """A run with warm-up and cosine decay resumes to the same bits, too."""
     recipe = ("--captions-per-image", "5", "--schedule", "cosine", "--warmup-steps", "3")
     whole = run("whole", *recipe, epochs=2)
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
@@ -256,8 +247,10 @@ def test_a_schedule_spans_an_interrupted_run(run, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "gone", "other bytes"])
-def test_a_damaged_checkpoint_costs_one_save(run, straight, monkeypatch, capsys, damage):
-    """Where the newest checkpoint is damaged the one before it is used, and a line says so."""
+def test_a_damaged_checkpoint_is_replaced_by_the_previous(
+    run, straight, monkeypatch, capsys, damage
+):
+    """If the newest checkpoint is damaged, the one before it is used, with a note."""
     results = f"damaged {damage}"
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         interrupt(patch, 9, power_cut)
@@ -275,8 +268,8 @@ def test_a_damaged_checkpoint_costs_one_save(run, straight, monkeypatch, capsys,
     assert_same_run(run.folder / results, straight)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(run, straight, monkeypatch):
-    """A model that has left the numbers ends the run, and the last good checkpoint stays."""
+def test_weights_that_are_not_finite_are_not_saved(run, straight, monkeypatch):
+    """A NaN in the weights ends the run, and the last good checkpoint is kept."""
     run.copy("straight", "broken")
     before = (run.folder / "broken" / LAST).read_bytes()
 
@@ -295,8 +288,8 @@ def test_weights_that_are_no_numbers_are_not_saved(run, straight, monkeypatch):
     assert (run.folder / "broken" / LAST).read_bytes() == before
 
 
-def test_the_best_epoch_is_by_rsum_and_not_forgotten(run, stubs):
-    """Only a higher rsum replaces the best file: not a later, an equal, or a resumed epoch."""
+def test_the_best_epoch_has_the_highest_rsum(run, stubs):
+    """Only a higher rsum replaces the best checkpoint, also after --resume."""
     stubs.rsums = [100.0, 300.0, 300.0]
     results = run("best", epochs=3)
     assert load(results / BEST)["epoch"] == 2
@@ -310,14 +303,14 @@ def test_the_best_epoch_is_by_rsum_and_not_forgotten(run, stubs):
     assert [line["metrics"]["rsum"] for line in read_log(results)] == [100, 300, 300, 299, 301]
 
 
-def test_a_worthless_first_epoch_is_kept_all_the_same(run, stubs):
-    """An rsum of 0 is the best so far: there is always a best file."""
+def test_a_first_epoch_without_recall_is_kept(run, stubs):
+    """The first epoch is the best so far even with an rsum of 0."""
     stubs.rsums = [0.0, 0.0]
-    assert load(run("worthless", epochs=2) / BEST)["epoch"] == 1
+    assert load(run("no recall", epochs=2) / BEST)["epoch"] == 1
 
 
-def test_a_new_run_keeps_the_best_of_the_one_before(run, stubs):
-    """Training anew into the same folder does not cost the earlier run's best model."""
+def test_a_new_run_renames_the_best_of_the_earlier_run(run, stubs):
+    """A new run in the same folder does not overwrite the best checkpoint of the earlier run."""
     stubs.rsums = [300.0]
     results = run("again")
     first = (results / BEST).read_bytes()
@@ -327,9 +320,9 @@ def test_a_new_run_keeps_the_best_of_the_one_before(run, stubs):
     assert load(results / BEST)["metrics"]["rsum"] == 2
 
 
-def test_killed_between_its_two_files_a_run_keeps_the_earlier_best(run, straight, monkeypatch):
-    """Cut off when the first epoch's best is written and the newest checkpoint is not: resumed, the
-    run does not take its own best for an earlier run's."""
+def test_a_run_killed_between_its_two_checkpoints(run, straight, monkeypatch):
+    """A run killed after writing the best checkpoint, but before the last, resumes without taking
+    its own best checkpoint for that of an earlier run."""
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         original = RunState._save_best
 
@@ -347,9 +340,9 @@ def test_killed_between_its_two_files_a_run_keeps_the_earlier_best(run, straight
     assert (results / "models/flickr30k_clip_best_earlier.pth").read_bytes() == b"of the run before"
 
 
-def test_resume_takes_the_rate_and_decay_that_it_is_given(run, stubs, capsys):
-    """--resume --lr goes on with that rate, as the message of a run that diverged advises, and says
-    so; all else is as the run was started."""
+def test_resume_may_change_learning_rate_and_weight_decay(run, stubs, capsys):
+    """--resume --lr continues with that rate, as the message of a diverged run advises, and prints
+    a note; all other flags are those of the run."""
     stubs.rsums = [1.0, 2.0]
     run("rate", "--lr", "1e-3", "--weight-decay", "0.1", epochs=1)
     results = run.resume("rate", "--lr", "1e-5", "--weight-decay", "0.2", "--epochs", "2")
@@ -361,7 +354,7 @@ def test_resume_takes_the_rate_and_decay_that_it_is_given(run, stubs, capsys):
 
 
 def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
-    """Where no epoch is left the log and both checkpoints stay byte for byte."""
+    """If all epochs are done, the log and both checkpoints stay byte for byte."""
     run.copy("one", "finished")
     results = run.resume("finished")
     assert stubs.seen == []
@@ -373,8 +366,8 @@ def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
     ("--min-freq", "30"), ("--embed-dim", "8"), ("--seed", "1"), ("--max-images", "8"),
     ("--batch-size", "3"), ("--schedule", "cosine"), ("--dropout", "0.5"), ("--no-flip",),
 ], ids=" ".join)
-def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
-    """Other sizes, another split or recipe: refused by name, and nothing is overwritten."""
+def test_resume_refuses_flags_of_another_run(run, trained, stubs, flags):
+    """A different model, split or recipe is refused with the flag's name; nothing is written."""
     before = {path: path.read_bytes() for path in (trained / "models").iterdir()}
     with pytest.raises(UserError, match=flags[0].replace("no-", "") + " was .*, is "):
         run.resume("one", *flags, "--epochs", "2")
@@ -382,23 +375,80 @@ def test_resume_refuses_to_become_another_run(run, trained, stubs, flags):
     assert {path: path.read_bytes() for path in (trained / "models").iterdir()} == before
 
 
-def test_a_run_of_an_earlier_version_goes_on(run, trained, straight):
-    """One whose checkpoint names fewer flags, and keeps no average, ends as it would have."""
-    run.copy("one", "of old")
+def test_a_run_of_a_version_with_fewer_flags_resumes(run, trained, straight):
+    """A checkpoint that lacks newer flags, and has no moving average, resumes to the same bits."""
+    run.copy("one", "fewer flags")
     content = load(trained / LAST)
     del content["average_state"], content["config"]["flip_tta"]
     for name in ("ema_decay", "flip_tta", "compile"):
         del content["args"][name]
-    torch.save(content, run.folder / "of old" / LAST)
+    torch.save(content, run.folder / "fewer flags" / LAST)
     with pytest.raises(UserError, match="--ema-decay was 0.0, is 0.9"):
-        run.resume("of old", "--epochs", "2", "--ema-decay", "0.9")
-    last = load(run.resume("of old", "--epochs", "2") / LAST)
-    assert differing(last["model_state"], load(straight / LAST)["model_state"]) == []
+        run.resume("fewer flags", "--epochs", "2", "--ema-decay", "0.9")
+    last = load(run.resume("fewer flags", "--epochs", "2") / LAST)
+    assert differences(last["model_state"], load(straight / LAST)["model_state"]) == []
 
 
-@pytest.mark.parametrize("change", ["caption", "photo gone"])
+def use_old_names(path: Path) -> None:
+    """Rewrite a checkpoint as versions before the names flip_tta and baseline wrote it."""
+    content = load(path)
+    for names in (content["config"], content["args"]):
+        names["mirror_mean"] = names.pop("flip_tta")
+    content["args"]["recipe"] = "seed"
+    if progress := content.get("progress"):
+        progress["loss_sum"] = progress.pop("losses").sum()
+        progress["waited"] = progress.pop("wait_seconds")
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("after", [4, 9])
+def test_a_run_with_old_names_resumes(run, straight, monkeypatch, after):
+    """A run that an earlier version left within an epoch resumes to the same bits and losses."""
+    results = f"old names {after}"
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, after, power_cut)
+        run(results, "--save-every", "0", epochs=2)
+    use_old_names(run.folder / results / LAST)
+    resumed = run.resume(results)
+    for name in (BEST, LAST):
+        one, other = load(resumed / name), load(straight / name)
+        for part in ("model_state", "optimizer_state", "config"):
+            assert differences(one.get(part), other.get(part), part) == []
+    for one, other in zip(read_log(resumed), read_log(straight), strict=True):
+        assert one.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-6)
+        assert one == other
+    arguments = json.loads((resumed / "args.json").read_text())
+    assert (arguments["recipe"], arguments["flip_tta"]) == ("baseline", False)
+
+
+@pytest.mark.parametrize("flip_tta", [False, True])
+def test_a_checkpoint_with_old_names_evaluates_and_searches(trained, tmp_path, capsys, flip_tta):
+    """evaluate.py and search.py give the same numbers for a checkpoint of an earlier version."""
+    content = load(trained / BEST)
+    content["config"]["flip_tta"] = flip_tta
+    outputs = []
+    for version in ("new", "old"):
+        checkpoint = tmp_path / version / BEST
+        checkpoint.parent.mkdir(parents=True)
+        torch.save(content, checkpoint)
+        if version == "old":
+            use_old_names(checkpoint)
+        assert load_checkpoint(checkpoint).model.image_encoder.flip_tta == flip_tta
+        results = ["--results-dir", str(tmp_path / version)]
+        assert evaluate.main(results) == 0
+        report = json.loads((tmp_path / version / "evaluation_val.json").read_text())
+        capsys.readouterr()
+        assert search.main(["a red thing", "--json", *results]) == 0
+        outputs.append([report["rsum"], report["text_to_image_mean_rank"],
+                        capsys.readouterr().out])
+    assert outputs[0] == outputs[1]
+    if not flip_tta:
+        assert outputs[0][0] == content["metrics"]["rsum"]
+
+
+@pytest.mark.parametrize("change", ["caption", "image missing"])
 def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
-    """A changed caption or a lost photo makes another run of it, though all flags are the same."""
+    """A changed caption or a missing image is refused, although all flags are the same."""
     shutil.copytree(run.folder / "data", tmp_path / "data")
     if change == "caption":
         path = tmp_path / "data" / "annotations" / "annotations.csv"
@@ -411,17 +461,17 @@ def test_resume_refuses_other_data(run, trained, stubs, tmp_path, change):
     assert stubs.seen == []
 
 
-def test_a_run_goes_on_where_its_folder_has_been_moved(run, trained, straight):
-    """A copied folder is resumed in its new place, and the old one stays as it was."""
+def test_a_copied_run_resumes_in_its_new_folder(run, trained, straight):
+    """A run resumes in the folder that it was copied to, and the original does not change."""
     before = {path: path.read_bytes() for path in (trained / "models").iterdir()}
     run.copy("one", "moved")
     assert_same_run(run.resume("moved", "--epochs", "2"), straight)
     assert {path: path.read_bytes() for path in (trained / "models").iterdir()} == before
 
 
-def test_a_new_run_cut_off_early_is_not_taken_for_the_one_before(run, monkeypatch):
-    """Started anew in a used folder and cut off before its first save, there is nothing to resume:
-    certainly not the earlier run, which is put aside."""
+def test_resume_does_not_continue_the_run_before(run, monkeypatch):
+    """A new run in a used folder that is killed before its first save cannot be resumed; the last
+    checkpoint of the earlier run has been renamed."""
     run("used", epochs=1)
     last = (run.folder / "used" / LAST).read_bytes()
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
@@ -429,12 +479,12 @@ def test_a_new_run_cut_off_early_is_not_taken_for_the_one_before(run, monkeypatc
         run("used", "--lr", "1e-4", epochs=1)
     with pytest.raises(UserError, match="does not exist: start without --resume"):
         run.resume("used")
-    aside = run.folder / "used" / "models" / "flickr30k_clip_last_earlier.pth"
-    assert aside.read_bytes() == last
+    renamed = run.folder / "used" / "models" / "flickr30k_clip_last_earlier.pth"
+    assert renamed.read_bytes() == last
 
 
-def test_a_best_checkpoint_is_no_run_to_resume(run, trained):
-    """One that was put in the place of the newest is told apart by what it lacks."""
+def test_a_best_checkpoint_cannot_be_resumed(run, trained):
+    """A best checkpoint that was copied over the last one has no optimizer state."""
     run.copy("one", "best as last")
     shutil.copy(trained / BEST, run.folder / "best as last" / LAST)
     with pytest.raises(UserError, match="no run to continue"):
@@ -445,9 +495,10 @@ def test_a_best_checkpoint_is_no_run_to_resume(run, trained):
     (("--head-epochs", "1"), True), (("--head-epochs", "1", "--freeze-image-encoder"), False),
     (("--head-epochs", "9"), False),
 ], ids=str)
-def test_the_rate_starts_anew_only_where_the_phase_changes(run, stubs, monkeypatch, flags,
-                                                           restarts):
-    """One cosine over the run, or two where heads come first and everything after."""
+def test_the_schedule_restarts_when_the_image_encoder_is_unfrozen(
+    run, stubs, monkeypatch, flags, restarts
+):
+    """A run has one cosine, or two if it trains the heads first and then everything."""
     seen = []
     original = train.build_schedule
     monkeypatch.setattr(train, "build_schedule", lambda *args, **options: seen.append(
@@ -458,27 +509,27 @@ def test_the_rate_starts_anew_only_where_the_phase_changes(run, stubs, monkeypat
     assert restart_at == (total // 2 if restarts else total)
 
 
-def test_resume_of_nothing_is_refused(run, stubs):
-    """--resume never starts from scratch in silence."""
+def test_resume_needs_a_checkpoint(run, stubs):
+    """--resume without a checkpoint is refused, instead of starting a new run."""
     with pytest.raises(UserError, match="flickr30k_clip_last.pth, which does not exist"):
         run.resume("nothing")
     assert stubs.seen == []
 
 
-def test_the_second_writer_to_a_folder_is_refused(run, stubs):
-    """Two runs in one results folder would mix: the second is told, and the first goes on."""
+def test_a_second_run_in_the_same_folder_is_refused(run, stubs):
+    """While a run is writing to a results folder, a second one is refused."""
     folder = run.folder / "taken"
     folder.mkdir()
     with only_writer(folder), pytest.raises(UserError, match="another run is writing"):
         run("taken")
     assert stubs.seen == [] and not (folder / LAST).exists()
     stubs.rsums = [1.0]
-    run("taken")  # after it
+    run("taken")  # after the first has ended
 
 
 def test_frozen_image_encoder(run):
-    """--freeze-image-encoder trains all but the image encoder, from features that are kept; a
-    second run takes them from the disk and ends in the same bits."""
+    """--freeze-image-encoder trains everything else, on saved features; a second run loads them
+    and gives the same bits."""
     first = run("frozen", "--freeze-image-encoder", epochs=2)
     features = sorted((run.folder / "cache").glob("features_*.npy"))
     assert len(features) == 2  # train, val
@@ -495,8 +546,8 @@ def test_frozen_image_encoder(run):
 
 
 def test_head_epochs_come_first(run, monkeypatch):
-    """With --head-epochs 1 the first epoch leaves the image encoder and the second moves it, also
-    when the run is cut off in either."""
+    """With --head-epochs 1 the image encoder is trained from the second epoch on; a run that is
+    killed in either epoch resumes to the same bits."""
     flags = ("--head-epochs", "1", "--freeze-batchnorm")
     whole = run("phases", *flags, epochs=2)
     name = "image_encoder.backbone._conv_stem.weight"
@@ -512,9 +563,9 @@ def test_head_epochs_come_first(run, monkeypatch):
         assert_same_run(run.resume(f"phases {after}"), whole)
 
 
-def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
-    """With --ema-decay the best checkpoint holds the average over the steps, BatchNorm's statistics
-    included, and the newest one the weights themselves; both survive an interruption."""
+def test_the_best_checkpoint_has_the_moving_average(run, monkeypatch):
+    """With --ema-decay the best checkpoint has the average of weights and BatchNorm statistics, the
+    last one the weights themselves; a run that is killed resumes to the same bits."""
     states, evaluated = [], []
 
     def copy_of(model):
@@ -541,17 +592,17 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
     assert len(states) > 5 and len(evaluated) == 2
     expected = {name: value.double() for name, value in states[0].items()}
     for step, state in enumerate(states[1:], start=1):
-        kept_share = min(0.5, step / (step + 4))  # the average forgets its start sooner
+        decay = min(0.5, step / (step + 4))  # smaller in the first steps
         for name, value in state.items():
-            expected[name] = kept_share * expected[name] + (1 - kept_share) * value.double()
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
     best, last = load(results / BEST), load(results / LAST)["model_state"]
     kept = best["model_state"]
-    assert differing(kept, evaluated[best["epoch"] - 1]) == []
+    assert differences(kept, evaluated[best["epoch"] - 1]) == []
     for name, value in evaluated[-1].items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert differing(last, states[-1]) == []
-    assert differing(last, evaluated[-1]) != [] and differing(last, kept) != []
+    assert differences(last, states[-1]) == []
+    assert differences(last, evaluated[-1]) != [] and differences(last, kept) != []
     assert load_checkpoint(results / BEST)[0].image_encoder.flip_tta
     for after in (2, len(states) - 1):
         with monkeypatch.context() as patch, pytest.raises(PowerCut):
@@ -561,15 +612,15 @@ def test_the_moving_average_of_the_weights_is_what_is_kept(run, monkeypatch):
 
 
 def test_max_images(run, stubs, capsys):
-    """--max-images takes that many photos, of both splits."""
+    """--max-images limits the images of both splits together."""
     stubs.rsums = [1.0]
     run("few", "--max-images", "8")
     out = capsys.readouterr().out
     assert "train: 6 images, 30 captions" in out and "validation: 2 images, 10 captions" in out
 
 
-def test_results_that_cannot_be_written_are_told_before_any_work(run, tmp_path):
-    """A file where the results should go is told at once: nothing is decoded, nothing trained."""
+def test_a_results_folder_that_cannot_be_written_is_refused_first(run, tmp_path):
+    """A file with the name of the results folder is an error before any image is decoded."""
     (tmp_path / "results").write_text("in the way")
     with pytest.raises(UserError, match="cannot write results.*--results-dir"):
         train.main([*run.data, *MODEL, "--cache-dir", str(tmp_path / "cache"),
@@ -577,25 +628,25 @@ def test_results_that_cannot_be_written_are_told_before_any_work(run, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_too_few_photos_to_validate(run):
-    """With one validation photo every recall would be 100 %: refused."""
+def test_one_validation_image_is_refused(run):
+    """With a single validation image every recall would be 100 %."""
     with pytest.raises(UserError, match="1 images are too few for validation"):
-        run("lonely", "--val-fraction", "0.05")
+        run("one image", "--val-fraction", "0.05")
 
 
 @pytest.mark.parametrize("fault", ["row", "missing", "unreadable"])
-def test_strict_ends_where_something_cannot_be_used(run, stubs, tmp_path, fault):
-    """Without --strict a run goes on with the rest; with it it ends with status 1 before the first
-    epoch, and what was wrong stands in rejected.csv all the same."""
+def test_strict_refuses_input_that_cannot_be_used(run, stubs, tmp_path, fault):
+    """Without --strict a run uses the rest; with it, it ends with status 1 before the first epoch.
+    Both list the fault in rejected.csv."""
     shutil.copytree(run.folder / "data", tmp_path / "data")
     images = tmp_path / "data" / "images"
     annotations = tmp_path / "data" / "annotations" / "annotations.csv"
     if fault == "row":
-        annotations.write_text(annotations.read_text() + "no row at all\n")
+        annotations.write_text(annotations.read_text() + "not a row\n")
     elif fault == "missing":
         (images / "1003.jpg").unlink()
     else:
-        (images / "1003.jpg").write_bytes(b"no photo")
+        (images / "1003.jpg").write_bytes(b"not an image")
     flags = ["--images", str(images), "--annotations", str(annotations), "--cache-dir",
              str(tmp_path)]
     stubs.rsums = [1.0]
@@ -604,21 +655,21 @@ def test_strict_ends_where_something_cannot_be_used(run, stubs, tmp_path, fault)
         run(f"strict {fault}", *flags, "--strict")
     assert caught.value.status == 1 and len(stubs.seen) == 1
     rejected = (run.folder / f"strict {fault}" / "rejected.csv").read_text()
-    assert ("no row at all" if fault == "row" else "1003.jpg") in rejected
+    assert ("not a row" if fault == "row" else "1003.jpg") in rejected
 
 
-def test_weights_that_are_not_there(run):
-    """--weights with a path of nothing names it."""
-    with pytest.raises(UserError, match="there is no file nowhere.pth"):
-        run("weightless", "--weights", "nowhere.pth")
+def test_a_missing_weights_file_is_named(run):
+    """--weights with a path that does not exist is an error that names it."""
+    with pytest.raises(UserError, match="there is no file missing.pth"):
+        run("no weights", "--weights", "missing.pth")
 
 
 def flags_of(*argv: str) -> dict:
-    """The flags that train.py has when called so."""
+    """Return the flags of train.py for a command line."""
     return vars(train.parse_args(list(argv))[0])
 
 
-def test_the_defaults_are_the_stated_recipe():
+def test_the_defaults_are_the_baseline():
     """AdamW at 2e-5, batches of 64, 5 epochs, 90/10, ImageNet's B0, 256 dimensions."""
     args = flags_of()
     expected = {
@@ -634,7 +685,7 @@ def test_the_defaults_are_the_stated_recipe():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_set_of_defaults(recipe):
-    """Each recipe says the same flags, all of them flags; and what is given by hand beats it."""
+    """All recipes set the same flags, and a flag on the command line has priority."""
     assert RECIPES[recipe].keys() == RECIPES["baseline"].keys()
     assert flags_of("--recipe", recipe).items() >= RECIPES[recipe].items()
     for argv in (["--recipe", recipe, "--epochs", "3", "--lr", "7e-5", "--flip"],
@@ -643,8 +694,8 @@ def test_a_recipe_is_a_set_of_defaults(recipe):
         assert flags_of(*argv).items() >= expected.items()
 
 
-def test_the_demo_has_a_recipe_of_its_own():
-    """--demo takes it unless another one is asked for."""
+def test_the_demo_has_its_own_recipe():
+    """--demo chooses the recipe demo, unless --recipe chooses another."""
     assert flags_of("--demo").items() >= {**RECIPES["demo"], "recipe": "demo"}.items()
     assert flags_of("--demo", "--recipe", "baseline").items() >= RECIPES["baseline"].items()
 
@@ -655,12 +706,39 @@ def test_the_demo_has_a_recipe_of_its_own():
     ["--image-encoder", "resnet50"], ["--weight-decay", "-0.1"], ["--weight-decay", "nan"],
     ["--warmup-steps", "-1"], ["--recipe", "weak"], ["--save-every", "-1"], ["--chunk-size", "0"],
 ], ids=" ".join)
-def test_values_without_sense_are_refused(argv, capsys):
-    """A value that cannot be meant ends in argparse's message, which names its flag."""
+def test_invalid_values_are_refused(argv, capsys):
+    """A value out of range is an error that names its flag."""
+    assert f"argument {argv[0]}: " in error_of(capsys, *argv)
+
+
+def error_of(capsys, *argv: str) -> str:
+    """Return the error of train.py for a command line that it refuses with exit status 2."""
     with pytest.raises(SystemExit) as caught:
-        train.parse_args(argv)
+        train.parse_args(list(argv))
     assert caught.value.code == 2
-    assert argv[0] in capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, nearest", [
+    (["--epoch", "3"], "--epochs"), (["--mirror-mean"], "--flip-tta"),
+    (["--no-mirror-mean"], "--no-flip-tta"), (["--recipe", "seed"], "baseline"),
+    (["--recipe", "stron"], "strong"), (["--lrr=1", "--epoch", "3"], "--lr, --epochs"),
+    (["--resume", "--mirror-mean"], "--flip-tta"),
+], ids=str)
+def test_an_unknown_flag_is_an_error_with_the_nearest_one(capsys, argv, nearest):
+    """The message has the unknown flags, the nearest valid ones or their new names, and --help."""
+    first, second = error_of(capsys, *argv).splitlines()
+    assert first.startswith("error: ") and first.endswith(f"; did you mean {nearest}?")
+    assert all(argument.split("=")[0] in first for argument in argv if argument != "--resume")
+    assert second.endswith("--help lists all flags")
+
+
+def test_an_unknown_flag_without_a_near_one(capsys):
+    """Nothing is suggested if no flag is similar, or if the script lacks the renamed flag."""
+    assert "did you mean" not in error_of(capsys, "--xyzzy", "-q", "word")
+    with pytest.raises(SystemExit):
+        Parser("a script without --flip-tta").parse_args(["--mirror-mean"])
+    assert "did you mean" not in capsys.readouterr().err
 
 
 # main.py
@@ -668,7 +746,7 @@ def test_values_without_sense_are_refused(argv, capsys):
 
 @pytest.fixture
 def check(tiny_data):
-    """main.py on tiny data of this test's own: a function of further flags, giving its status."""
+    """A function that runs main.py with further flags on new tiny data, and returns its status."""
     images, annotations = tiny_data
 
     def run_main(*flags: str) -> int:
@@ -679,7 +757,7 @@ def check(tiny_data):
 
 
 def test_sanity_check_of_good_data(check, capsys):
-    """Status 0, and every question has its answer."""
+    """The exit status is 0, and the report has a line for each check."""
     assert check() == 0
     out = capsys.readouterr().out
     for part in ("60 rows in the format of results.csv: 0 fixed, 0 rejected",
@@ -693,14 +771,14 @@ def test_sanity_check_of_good_data(check, capsys):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_untrained_loss_is_near_ln_batch(check, capsys, seed):
-    """Whatever the seed, an untrained model's loss is near ln(8), and not exactly there."""
+    """The loss of an untrained model is near ln(8), but not equal to it, for any seed."""
     assert check("--seed", str(seed)) == 0
     loss = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert 0 < abs(loss - 2.079) < 1
 
 
 def break_data(kind: str, images: Path, annotations: Path) -> str:
-    """Do some harm to good data; returns what main.py is to say."""
+    """Damage good data, and return the message that main.py should print."""
     names = sorted(path.name for path in images.iterdir())
     if kind == "photo missing":
         (images / names[3]).unlink()
@@ -727,7 +805,7 @@ def break_data(kind: str, images: Path, annotations: Path) -> str:
 @pytest.mark.parametrize("kind", ["photo missing", "row rejected", "photo unreadable", "no words",
                                   "only train", "only test"])
 def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
-    """Status 1, and what is wrong stands at the end, after a run that goes through to there."""
+    """The exit status is 1, and the problem is listed at the end of the report."""
     complaint = break_data(kind, *tiny_data)
     assert check() == 1
     out = capsys.readouterr().out
@@ -736,7 +814,7 @@ def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
 
 
 def test_photos_on_both_sides_are_counted(check, tiny_data, capsys):
-    """A validation photo whose very bytes are trained on is named; one of equal size is not."""
+    """A validation image with the bytes of a training image is listed, one of its size is not."""
     photos = sorted(tiny_data[0].glob("*.png"))
     longest = max(path.stat().st_size for path in photos)
     for path in photos:
@@ -754,19 +832,19 @@ def test_photos_on_both_sides_are_counted(check, tiny_data, capsys):
 
 
 def test_export_of_the_best_epoch(trained, capsys):
-    """The exported encoder lies beside the checkpoint and holds its very weights."""
+    """The exported image encoder is beside the checkpoint and has the same weights."""
     assert train_image_only.main(["--results-dir", str(trained)]) == 0
     exported = load(trained / EXPORT)
     (trained / EXPORT).unlink()  # other tests compare this folder
     assert "exported efficientnet-b0 of epoch 1" in capsys.readouterr().out
     model, _, _ = load_checkpoint(trained / BEST)
-    assert differing(exported["backbone_state"],
+    assert differences(exported["backbone_state"],
                      dict(model.image_encoder.backbone.state_dict())) == []
     assert torch.equal(exported["projection"], model.image_projection.linear.weight)
 
 
-def test_export_elsewhere(trained, tmp_path):
-    """--checkpoint and --output name other files."""
+def test_export_of_other_files(trained, tmp_path):
+    """--checkpoint and --output choose the files; an exported encoder cannot be exported."""
     output = tmp_path / "new" / "encoder.pth"
     assert train_image_only.main(["--checkpoint", str(trained / LAST), "--output",
                                   str(output)]) == 0
@@ -779,7 +857,7 @@ def test_export_elsewhere(trained, tmp_path):
 
 
 def run_program(monkeypatch, capsys, script: str, *argv: str) -> tuple[int, str]:
-    """A script as `python script.py argv` runs it: its exit status and standard error."""
+    """Run a script as a program, and return its exit status and standard error."""
     monkeypatch.setattr("sys.argv", [script, *argv])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
@@ -788,7 +866,7 @@ def run_program(monkeypatch, capsys, script: str, *argv: str) -> tuple[int, str]
 
 @pytest.mark.parametrize("script", ["main.py", "train.py"])
 def test_missing_data_is_one_message(monkeypatch, capsys, tmp_path, script):
-    """Without data: status 2, and a message that says where to put what and names --demo."""
+    """Without data the status is 2, and the message says where the data belong."""
     monkeypatch.chdir(tmp_path)
     status, error = run_program(monkeypatch, capsys, script)
     assert status == 2
@@ -799,30 +877,31 @@ def test_missing_data_is_one_message(monkeypatch, capsys, tmp_path, script):
 
 
 def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
-    """Nothing trained yet: status 2 and the path that was looked for."""
+    """Without a checkpoint the status is 2, and the message names its path."""
     monkeypatch.chdir(tmp_path)
     status, error = run_program(monkeypatch, capsys, "train_image_only.py")
     assert status == 2
     assert error == f"error: there is no file {Path('results') / BEST}\n"
 
 
-@pytest.mark.parametrize("script", ["main.py", "train.py", "train_image_only.py"])
+@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
+                                    "train_image_only.py"])
 def test_help_can_be_printed(monkeypatch, capsys, script):
-    """--help shows the file's own text; no percent sign of a help text trips argparse."""
+    """--help prints all help texts, in which argparse formats percent signs."""
     status, error = run_program(monkeypatch, capsys, script, "--help")
     assert (status, error) == (0, "")
 
 
 def test_exit_status_of_a_program(capsys):
-    """0 or main's own, 2 for a user's mistake, 130 for Ctrl-C; our own bugs keep a traceback."""
+    """The status is main's, 2 for a UserError, 130 for Ctrl-C; other errors keep a traceback."""
     def fail(error: BaseException):
         raise error
 
-    for main, status in ((lambda: 0, 0), (lambda: 1, 1), (lambda: fail(UserError("mend it")), 2),
+    for main, status in ((lambda: 0, 0), (lambda: 1, 1), (lambda: fail(UserError("fix it")), 2),
                          (lambda: fail(KeyboardInterrupt()), 130)):
         with pytest.raises(SystemExit) as caught:
             run_script(main)
         assert caught.value.code == status
-    assert capsys.readouterr().err == "error: mend it\n\nstopped\n"
+    assert capsys.readouterr().err == "error: fix it\n\nstopped\n"
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)

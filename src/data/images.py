@@ -1,126 +1,340 @@
-"""The door to picture files: any picture -> upright RGB, and back into a file."""
+"""Read any image file as an upright RGB image, and write image files."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import sys
+import tempfile
 import threading
 import warnings
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+import PIL
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from src.utils.errors import printable
 from src.utils.files import write_atomic
 
-MAX_PIXELS = 100_000_000  # decoded: what the largest cameras take, 2 GB while it is converted
+# Version of the pixels of load_image. 2: ICC profiles, color-key transparency, small GIF frames.
+DECODER = 2
+MAX_PIXELS = 100_000_000  # what the largest cameras take; 2 GB of memory during conversion
 LARGE_PIXELS = 2**24
-LARGE = threading.Lock()  # large pictures come one at a time, however many threads decode
+LARGE = threading.Lock()  # large images are decoded one at a time, however many threads decode
 Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shrink a JPEG eightfold
-# Of corrupt EXIF and the like; the pixels decide. For good, since catch_warnings in the decoding
-# threads would race for the process's filters.
+# Pillow warns of corrupt EXIF and the like, which does not matter for the pixels. Not with
+# catch_warnings: the decoding threads would race for the filters of the process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-TURNS = {  # EXIF orientation -> what turns the photo upright
+TRANSPOSE = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
+JPEG_END = b"\xff\xd9"
+STDERR = threading.Lock()
+LIBTIFF_MESSAGE = re.compile(r"(\w+|tempfile\.tif)?: [^%]+\.")
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+UNSUPPORTED = {b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"FUJIFILMCCD-RAW": "RAW",
+               b"IIU\0": "RAW", b"IIRO": "RAW", b"IIRS": "RAW", b"\0\0\0\x18ftypcrx ": "RAW"}
 
 
 class ReadError(ValueError):
-    """The disk or the memory failed, not the picture: another try may go well."""
+    """The disk or the memory failed, not the image: another try may succeed."""
 
 
-def load_image(path: Path, longest: int | None = None) -> Image.Image:
-    """Decode one photo: RGB, upright by its EXIF orientation, transparency over white.
+def load_image(
+    path: Path, longest: int | None = None, notes: list[str] | None = None
+) -> Image.Image:
+    """Decode an image as sRGB, upright by its EXIF orientation, transparency over white.
 
     Args:
-        path: any format that Pillow reads; of an animation the first frame.
+        path: any format that Pillow reads, whatever the extension; of an animation the first frame
+            is taken. HEIC needs the package pillow-heif.
         longest: shrink so that no side is longer than this many pixels.
+        notes: if given, a damaged image is decoded as far as possible, and what is wrong with it
+            is appended here. Otherwise a truncated image raises ValueError.
 
     Raises:
-        ValueError: not a readable picture; the message says why. A ReadError where that may pass.
+        ValueError: the file is not a readable image; the message gives the reason. It is a
+            ReadError if another try may succeed.
     """
+    messages: list[str] = []
     try:
-        with Image.open(path) as image:
-            # Lets the JPEG decoder skip detail that is thrown away anyway. A progressive JPEG is
-            # held in memory as a whole all the same, so its full size counts below.
-            if longest and not image.info.get("progressive"):
-                image.draft("RGB", (longest, longest))
-            n_pixels = image.width * image.height
-            if n_pixels > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            if image.format == "EPS":  # Pillow would run Ghostscript on the stranger's program
-                raise ValueError("PostScript is a program, not a picture")
-            with LARGE if n_pixels > LARGE_PIXELS else nullcontext():
-                image.load()
-                image = _to_rgb(_upright(image))
-                if longest:
-                    image.thumbnail((longest, longest), Image.Resampling.BILINEAR)
-                return image
+        try:
+            image = _decode(path, longest, messages)
+        except OSError as error:
+            if notes is None or error.errno is not None or "truncated" not in str(error):
+                raise
+            image = _decode_truncated(path, longest, messages, error)
     except UnidentifiedImageError as error:
-        raise ValueError("not a picture in a known format") from error
+        reason = _unidentified(path)
+        if not reason:  # the reader of this format is registered now
+            return load_image(path, longest, notes)
+        raise ValueError(reason) from error
     except MemoryError as error:
         raise ReadError("not enough memory") from error
-    except Exception as error:  # Pillow's readers raise anything at all on broken files
+    except Exception as error:  # Pillow's readers raise exceptions of any type on broken files
         if isinstance(error, OSError) and error.errno is not None:  # Pillow's own have no number
             raise ReadError(error.strerror or str(error)) from error
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError("; ".join(messages[:1]) or str(error) or type(error).__name__) from error
+    if messages and notes is None:
+        print(printable(f"{path}: {messages[0]}"), file=sys.stderr)
+    elif messages:
+        notes.append(messages[0])
+    return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The photo turned as its EXIF says, if it says so legibly.
+def _decode(
+    file: Path | io.BytesIO, longest: int | None, messages: list[str]
+) -> Image.Image:
+    """Decode an image file; append what libtiff prints about damaged data to `messages`."""
+    with Image.open(file) as image:
+        # Lets the JPEG decoder skip detail that would be thrown away. A progressive JPEG is held
+        # in memory as a whole all the same, so its full size counts below.
+        if longest and not image.info.get("progressive"):
+            image.draft("RGB", (longest, longest))
+        n_pixels = image.width * image.height
+        if n_pixels > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        if image.format == "EPS":  # Pillow would run Ghostscript on it
+            raise ValueError("PostScript is a program, not an image")
+        tiles = image.tile  # loading the image clears it
+        with LARGE if n_pixels > LARGE_PIXELS else nullcontext(), \
+                _collect_stderr(messages) if image.format == "TIFF" else nullcontext():
+            image.load()
+        with LARGE if n_pixels > LARGE_PIXELS else nullcontext():
+            method = _transpose_method(image)
+            frame = tiles[0][1] if image.format == "GIF" and tiles else (0, 0, *image.size)
+            rgb = _to_rgb(image, _color_key_alpha(image, tiles, file))
+            if frame != (0, 0, *image.size):  # a first frame that is smaller than the canvas
+                canvas = Image.new("RGB", image.size, "white")
+                canvas.paste(rgb.crop(frame), frame)
+                rgb = canvas
+            if method is not None:
+                rgb = rgb.transpose(method)
+            if longest:
+                rgb.thumbnail((longest, longest), Image.Resampling.BILINEAR)
+            return rgb
 
-    ImageOps.exif_transpose also writes the EXIF anew, which fails on odd tags of intact photos.
+
+def _decode_truncated(
+    path: Path, longest: int | None, messages: list[str], error: OSError
+) -> Image.Image:
+    """Decode the first part of a truncated JPEG; raise `error` if no pixel can be decoded."""
+    image = _decode(io.BytesIO(path.read_bytes() + JPEG_END), longest, messages)
+    if all(low == high for low, high in image.getextrema()):
+        raise error
+    messages.append("truncated; only the first part can be decoded")
+    return image
+
+
+def _unidentified(path: Path) -> str:
+    """Return why Pillow does not know a file, or "" if its reader has been registered now."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+        if _register_heif():
+            return ""
+        return "HEIC images need another package: pip install pillow-heif"
+    return next((f"{name} images are not supported" for start, name in UNSUPPORTED.items()
+                 if head.startswith(start)), "not an image in a known format")
+
+
+@cache
+def _register_heif() -> bool:
+    """Register the reader of HEIC images; return whether it was registered by this call."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    _register_heif.cache_clear()
+    return True
+
+
+@contextmanager
+def _collect_stderr(messages: list[str]) -> Iterator[None]:
+    """Append what libtiff writes to file descriptor 2 to `messages`; pass everything else on.
+
+    The descriptor belongs to the process, so TIFF files are decoded one at a time.
+    """
+    with STDERR, tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            for line in file.read().decode("utf-8", "replace").splitlines(keepends=True):
+                if LIBTIFF_MESSAGE.fullmatch(line.rstrip("\n")):
+                    messages.append(line.strip())
+                else:  # written by another thread
+                    sys.stderr.write(line)
+
+
+def _transpose_method(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns the image upright by its EXIF orientation, if that can be read.
+
+    ImageOps.exif_transpose also writes new EXIF data, which fails on odd tags of intact images.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # EXIF as broken as it likes to be: the pixels are there
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # corrupt EXIF does not affect the pixels
+        return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. convert() alone clips 16-bit grey to white and shows what is transparent."""
+def _color_key_alpha(
+    image: Image.Image, tiles: list, file: Path | io.BytesIO
+) -> Image.Image | None:
+    """Return the alpha of a PNG whose tRNS chunk names one transparent color, at its bit depth.
+
+    Pillow compares the key with pixels that it has scaled to 8 bits, so only keys of 8-bit images
+    match. None: there is no key, or Pillow handles it.
+    """
+    key = image.info.get("transparency")
+    raw_mode = tiles[0][3] if image.format == "PNG" and tiles else None
+    if key is None or raw_mode not in ("1", "L;2", "L;4", "I;16B", "RGB;16B"):
+        return None
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if raw_mode == "RGB;16B":  # decode again: Pillow keeps the high bytes only
+        with Image.open(file) as second:
+            second.tile = [(*tile[:3], "RGB;16L") for tile in second.tile]
+            low = np.asarray(second)
+        opaque = ((pixels.astype(np.uint16) << 8 | low) != key).any(-1)
+    else:
+        max_value = {"1": 1, "L;2": 3, "L;4": 15, "I;16B": 255}[raw_mode]
+        opaque = pixels != key * 255 // max_value
+    del image.info["transparency"]
+    return Image.fromarray(opaque.astype(np.uint8) * 255)
+
+
+def _to_rgb(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """Return sRGB from any mode; convert() alone clips 16-bit gray and shows hidden colors.
+
+    Args:
+        image: a decoded image.
+        alpha: its opacity, if its mode cannot hold it.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        scale = 65535 if image.mode.startswith("I") else max(1.0, float(grey.max()))
-        image = Image.fromarray((grey.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
-    if image.has_transparency_data:
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        scale = 65535 if image.mode.startswith("I") else max(1.0, float(gray.max()))
+        image = Image.fromarray((gray.clip(0, scale) * (255 / scale)).round().astype(np.uint8))
+    if profile or image.mode == "LAB":
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+        image = _to_srgb(image, profile or b"")
+    if alpha is not None or image.has_transparency_data:
         image = image.convert("RGBA")
+        if alpha is not None:
+            image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def find_escaping_links(folder: Path, names: list[str]) -> set[str]:
-    """Those of `names` that lie outside `folder` in truth: links, or files in linked folders.
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert from an ICC profile to sRGB; an unusable profile is ignored, as browsers do."""
+    mode = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}.get(profile[16:20], "LAB")
+    gray = image.mode in ("1", "L", "LA", "La")
+    if mode in ("CMYK", "LAB") or image.mode in ("CMYK", "LAB"):
+        fits = image.mode == mode
+    else:
+        fits = mode == "RGB" or gray
+    transform = _srgb_transform(profile, mode) if fits else None
+    if transform is None:
+        return image
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # Pillow warns about other conversions of transparent colors
+    return transform.apply(image if image.mode == mode else image.convert(mode))
 
-    By such a name a stranger's photos would show the user's own, or put them on a web page.
+
+@lru_cache(maxsize=64)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of pixels of `mode` to sRGB; None if it cannot be used or is identity.
+
+    Args:
+        profile: an ICC profile; b"" for CIE Lab.
+        mode: of the pixels.
+    """
+    try:
+        source = (ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile
+                  else ImageCms.createProfile("LAB"))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # a broken profile; an image without one is taken for sRGB
+        return None
+    if mode in ("RGB", "L"):  # most profiles are sRGB: skip the work, and keep the pixels
+        levels = np.linspace(0, 255, 18).astype(np.uint8)
+        grid = np.stack(np.meshgrid(*[levels] * 3, indexing="ij"), -1).reshape(18, -1, 3)
+        colors = Image.fromarray(grid if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
+        change = np.asarray(transform.apply(colors)).astype(int) - np.asarray(colors.convert("RGB"))
+        if abs(change).max() <= 2:
+            return None
+    return transform
+
+
+def is_decoded_as_before(path: Path) -> bool:
+    """Return whether version 1 of the decoder, without color management, gave the same pixels.
+
+    Only the header of the file is read, to spare data that version 1 has computed.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.mode != "LAB" and "icc_profile" not in image.info and not (
+                image.format == "GIF" or image.format == "PNG" and "transparency" in image.info)
+    except Exception:  # unreadable files are tried again
+        return False
+
+
+def reader_version() -> str:
+    """Return the versions of all that decides which files can be read."""
+    try:
+        heif = metadata.version("pillow-heif")
+    except metadata.PackageNotFoundError:
+        heif = "none"
+    return f"decoder {DECODER}, Pillow {PIL.__version__}, pillow-heif {heif}"
+
+
+def find_escaping_links(folder: Path, names: list[str]) -> set[str]:
+    """Return those of `names` that are outside `folder`: links, or files in linked folders.
+
+    A dataset from an untrusted source could otherwise show private images, or publish them on a
+    web page.
     """
     root, real_folder = os.path.realpath(folder), cache(os.path.realpath)
 
-    def leads_out(name: str) -> bool:
+    def escapes(name: str) -> bool:
         path = os.path.join(root, name)
         real = os.path.realpath(path) if os.path.islink(path) else real_folder(
             os.path.dirname(path))
         return os.path.commonpath([root, real]) != root
 
-    return {name for name in names if leads_out(name)}
+    return {name for name in names if escapes(name)}
 
 
-def load_resized(path: Path, size: int) -> np.ndarray:
-    """The whole photo squeezed to a square: (size, size, 3) uint8. Raises ValueError as load_image.
+def load_resized(path: Path, size: int, notes: list[str] | None = None) -> np.ndarray:
+    """Return the whole image as a square, (size, size, 3) uint8; raise ValueError like load_image.
 
-    Squeezing keeps what stands at the borders, which captions speak of and a centre crop loses.
+    The aspect ratio is not kept: captions also describe what a center crop would cut off.
+
+    Args:
+        path: the image file.
+        size: side of the square.
+        notes: see `load_image`.
     """
-    image = load_image(path, longest=None if size > 512 else 4 * size)
+    image = load_image(path, None if size > 512 else 4 * size, notes)
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
-    """Write a picture, (H, W, 3) uint8 or PIL, in the format of the path's suffix, atomically."""
+    """Write an image, (H, W, 3) uint8 or PIL, atomically, in the format of the path's suffix."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     buffer = io.BytesIO()

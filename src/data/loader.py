@@ -48,10 +48,10 @@ def sample_batches(
 
 
 def count_batches(dataset: Flickr30kDataset, batch_size: int, captions_per_image: int) -> int:
-    """Return how many full batches of distinct images an epoch has room for.
+    """Return the maximum number of full batches of distinct images in an epoch.
 
-    `sample_batches` draws this many; it can draw fewer where a few images have most of the
-    captions, which does no harm to a learning rate schedule.
+    `sample_batches` draws this many if all images have equally many captions. If a few images have
+    most of the captions it can draw fewer; a learning rate schedule then ends a few steps early.
     """
     batch_size = min(batch_size, len(dataset.records))
     groups = np.array([-(-len(record.captions) // captions_per_image)

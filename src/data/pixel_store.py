@@ -1,7 +1,7 @@
-"""Photos on disk -> one memory-mapped uint8 file: each is decoded once, ever.
+"""All images of a dataset decoded once into one memory-mapped uint8 file.
 
-Decoding a JPEG costs some 3 ms, copying its pixels from the map some 10 us; training on five
-captions a photo for five epochs would otherwise decode every photo 25 times.
+Decoding a JPEG takes about 3 ms, copying its pixels from the file about 10 us; training on five
+captions per image for five epochs would otherwise decode every image 25 times.
 """
 
 from __future__ import annotations
@@ -17,30 +17,38 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from src.data.images import ReadError, find_escaping_links, load_resized
+from src.data.images import (
+    DECODER,
+    ReadError,
+    find_escaping_links,
+    is_decoded_as_before,
+    load_resized,
+    reader_version,
+)
 from src.utils.errors import UserError
 from src.utils.files import exclusive_lock, open_no_link, sync_folder, write_atomic
 
-CHUNK = 512  # photos between two journal writes: an interruption may cost two such
+CHUNK = 512  # images between two journal writes; an interruption loses at most two chunks
 
 
 def store_size(image_size: int) -> int:
-    """Side of the stored squares: a little larger than the input, for the random crop."""
+    """Return the side of the stored squares: a little larger than the input, for random crops."""
     return image_size * 15 // 14
 
 
 class PixelStore:
-    """Photos as rows of one memory-mapped file.
+    """Decoded images in one memory-mapped file.
 
     Attributes:
         pixels: (rows, size, size, 3) uint8, read-only.
-        rows: photo name -> its row.
-        failed: photo name -> why it could not be decoded.
+        rows: image name -> its row in `pixels`.
+        failed: image name -> why it could not be decoded.
 
-    On disk lie `pixels_<size>.uint8`, the rows one after another, and `pixels_<size>.jsonl`, one
-    line for each decoded photo with its row and the file's size and time. A line is written only
-    after its pixels, so an interrupted build goes on where it stopped, and a photo that changed
-    is decoded again. What is wrong with a picture is remembered, a failure of the disk is not.
+    Files: `pixels_<size>.uint8` holds the rows one after another, and `pixels_<size>.jsonl` is a
+    journal with a line for each decoded image: its row, and the size and time of its file. A line
+    is written only after its pixels, so an interrupted build continues where it stopped, and an
+    image that changed is decoded again. A broken image is remembered until it or the version of the
+    reader changes, a read error is not.
     """
 
     def __init__(self, pixels: np.ndarray, rows: dict[str, int], failed: dict[str, str]) -> None:
@@ -50,36 +58,41 @@ class PixelStore:
 
     @classmethod
     def build(
-        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None = None
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None = None,
+        follow_links: bool = False,
     ) -> PixelStore:
-        """Open the store in `folder`, decoding first what of `names` is new or has changed.
+        """Decode the images of `names` that are new or have changed, and open the store.
 
         Args:
-            folder: where the store lies, made if need be.
-            images: the photos' folder; `names` are relative to it.
+            folder: where the store is, created if missing.
+            images: the image folder.
+            names: paths relative to it.
             size: side of the stored squares in pixels.
-            workers: decoding threads; None for one a core (Pillow decodes outside Python's lock).
+            workers: decoding threads; None for one per core (Pillow releases the GIL).
+            follow_links: also read files outside `images` that a link points to.
 
         Raises:
-            UserError: not enough disk, or the folder cannot be written.
+            UserError: the disk is full, or the folder cannot be written.
         """
         try:
             with exclusive_lock(folder / f"pixels_{size}.lock",
                                 "waiting for another process to decode the images"):
-                return cls._build_locked(folder, images, names, size, workers)
+                return cls._build_locked(folder, images, names, size, workers, follow_links)
         except OSError as error:
             raise UserError(f"cannot keep decoded pixels in {folder}: {error.strerror or error}; "
                             "choose another place with --cache-dir") from error
 
     @classmethod
     def _build_locked(
-        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None
+        cls, folder: Path, images: Path, names: list[str], size: int, workers: int | None,
+        follow_links: bool,
     ) -> PixelStore:
         data, journal = folder / f"pixels_{size}.uint8", folder / f"pixels_{size}.jsonl"
         row_bytes = size * size * 3
         entries = _read_journal(journal, data, row_bytes)
-        outside = find_escaping_links(images, names)
+        outside = set() if follow_links else find_escaping_links(images, names)
         signatures = {name: _signature(images / name) for name in names if name not in outside}
+        _check_decoder(journal, images, signatures, entries)
         stale = [name for name, signature in signatures.items()
                  if name not in entries or entries[name]["signature"] != signature]
         if stale:
@@ -94,12 +107,12 @@ class PixelStore:
                 _decode_into(data, journal, images, rows, signatures, entries, size, workers)
             except OSError as error:
                 raise UserError(
-                    f"{data} cannot grow to the {needed:,} bytes that the photos need: "
-                    f"{error.strerror or error}. What is decoded is kept: make room, or choose "
-                    "another place with --cache-dir, and start again") from error
+                    f"{data} cannot grow to the {needed:,} bytes that the images need: "
+                    f"{error.strerror or error}. What is decoded is kept: free some space, or "
+                    "choose another place with --cache-dir, and start again") from error
         for name in outside:
-            entries[name] = {"error": "a link that leads out of the folder of photos: "
-                                      "put the photo itself there"}
+            entries[name] = {"error": "a link to a file outside the image folder: put "
+                                      "the image itself there, or use --follow-links"}
         n_rows = data.stat().st_size // row_bytes if data.exists() else 0
         pixels = (np.memmap(data, np.uint8, "r", shape=(n_rows, size, size, 3)) if n_rows
                   else np.zeros((0, size, size, 3), np.uint8))
@@ -112,7 +125,7 @@ class PixelStore:
 
 
 def _signature(path: Path) -> list[int]:
-    """Size and time of a file, to notice a change; [-1, -1] where there is none."""
+    """Return size and modification time of a file, to detect changes; [-1, -1] without a file."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -121,7 +134,7 @@ def _signature(path: Path) -> list[int]:
 
 
 def _read_journal(journal: Path, data: Path, row_bytes: int) -> dict[str, dict]:
-    """Photo name -> its last journal entry. Lines half written or without pixels do not count."""
+    """Return the last journal entry of each image; incomplete lines and lost rows are skipped."""
     entries: dict[str, dict] = {}
     if not journal.exists():
         return entries
@@ -134,16 +147,35 @@ def _read_journal(journal: Path, data: Path, row_bytes: int) -> dict[str, dict]:
     return entries
 
 
-def _check_disk(folder: Path, data: Path, needed: int, n_photos: int, size: int) -> None:
-    """Say what the store takes, and refuse where the disk does not have it."""
+def _check_decoder(
+    journal: Path, images: Path, signatures: dict[str, list[int]], entries: dict[str, dict]
+) -> None:
+    """Remove entries that the present decoder may change, and mark the others as its own."""
+    old = [name for name, entry in entries.items() if name in signatures
+           and entry["signature"] == signatures[name]
+           and entry.get("decoder") != (reader_version() if entry["error"] else DECODER)]
+    if not old:
+        return
+    print(f"an earlier version decoded {len(old):,} images: looking for color profiles and formats "
+          "that it did not know")
+    for name in old:
+        if not entries[name]["error"] and is_decoded_as_before(images / name):
+            entries[name]["decoder"] = DECODER
+        else:  # keeps the row
+            entries[name]["signature"] = None
+    write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
+
+
+def _check_disk(folder: Path, data: Path, needed: int, n_images: int, size: int) -> None:
+    """Print the size of the store; raise UserError if the disk does not have the space."""
     extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
     free = shutil.disk_usage(folder).free
-    print(f"decoding {n_photos:,} photos once to {size}x{size}: {needed / 1e9:.2f} GB in {data} "
+    print(f"decoding {n_images:,} images once to {size}x{size}: {needed / 1e9:.2f} GB in {data} "
           f"({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
     if extra > free:
         raise UserError(
-            f"the decoded photos need {extra:,} bytes more in {folder}, where {free:,} are free: "
-            "make room, choose another place with --cache-dir, or take fewer photos with "
+            f"the decoded images need {extra:,} more bytes in {folder}, where {free:,} are free: "
+            "free some space, choose another place with --cache-dir, or take fewer images with "
             "--max-images or smaller ones with --image-size"
         )
 
@@ -152,18 +184,19 @@ def _decode_into(
     data: Path, journal: Path, images: Path, rows: dict[str, int],
     signatures: dict[str, list[int]], entries: dict[str, dict], size: int, workers: int | None,
 ) -> None:
-    """Decode the photos of `rows` into their rows of the data file and note them in the journal."""
-    # First the journal without the photos to come, and without rows that the data file has lost:
-    # such a line would come true again, for another photo's pixels, once the file has grown.
+    """Decode the images of `rows` into the data file, and write the journal."""
+    # First drop the lines of the images to decode, and of rows that the data file has lost: once
+    # the file has grown again, such a line would point to the pixels of another image.
     kept = [entry for name, entry in entries.items() if name not in rows]
     write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-    # Rows are written, not mapped: a full disk is then an error that can be told, not a SIGBUS.
+    # Rows are written, not mapped: a full disk is then an OSError, not a SIGBUS.
     descriptor = open_no_link(data, os.O_RDWR | os.O_CREAT)
 
     def decode(name: str) -> bool:
-        """Whether the outcome, now among `entries`, will be the same another time."""
+        """Decode an image into `entries`; return False if another try may succeed."""
         entry = entries[name] = {
-            "name": name, "row": rows[name], "signature": signatures[name], "error": ""}
+            "name": name, "row": rows[name], "signature": signatures[name], "error": "",
+            "decoder": DECODER}
         pixels = np.zeros((size, size, 3), np.uint8)
         try:
             pixels = load_resized(images / name, size)
@@ -171,7 +204,7 @@ def _decode_into(
             entry["error"] = str(error)
             return False
         except ValueError as error:
-            entry["error"] = str(error)
+            entry |= {"error": str(error), "decoder": reader_version()}
         view, offset = memoryview(pixels).cast("B"), rows[name] * size * size * 3
         while view:
             written = os.pwrite(descriptor, view, offset)
@@ -184,8 +217,8 @@ def _decode_into(
     waiting: deque[tuple[list[str], list[Future]]] = deque()
     try:
         with (open(journal, "a", encoding="utf-8") as log,
-              tqdm(total=len(rows), desc="decoding", unit="photo") as bar):
-            for chunk in [*chunks, []]:  # one chunk ahead, so that no core idles during a flush
+              tqdm(total=len(rows), desc="decoding", unit="image") as bar):
+            for chunk in [*chunks, []]:  # one chunk ahead: no core idles during a flush
                 waiting.append((chunk, [pool.submit(decode, name) for name in chunk]))
                 if len(waiting) < 2:
                     continue
@@ -194,7 +227,7 @@ def _decode_into(
                     if future.result():
                         lines.append(json.dumps(entries[name]) + "\n")
                     bar.update()
-                os.fsync(descriptor)  # pixels first, then the lines that vouch for them
+                os.fsync(descriptor)  # the pixels first, then their journal lines
                 log.writelines(lines)
                 log.flush()
                 os.fsync(log.fileno())

@@ -23,7 +23,7 @@ def sample_crops(batch_size: int, slack: int, flip: bool) -> torch.Tensor:
     Args:
         batch_size: B.
         slack: by how many pixels an image is larger than its crop; top and left are in [0, slack].
-        flip: flip with probability 0.5; to be off where captions tell left from right.
+        flip: flip with probability 0.5; turn it off if the captions distinguish left and right.
     """
     corners = torch.randint(slack + 1, (batch_size, 2))
     flipped = torch.rand(batch_size, 1) < (0.5 if flip else 0.0)
@@ -41,20 +41,27 @@ def train_transform(pixels: torch.Tensor, image_size: int, crops: torch.Tensor) 
     Returns:
         (B, 3, image_size, image_size) float32, ImageNet-normalized, channels_last.
     """
-    if pixels.device.type == "cpu":
-        # Slices are copied by row, 2.7 times as fast on a CPU as the gather below.
-        views = [image[top : top + image_size, left : left + image_size]
-                 for image, (top, left, _) in zip(pixels, crops.tolist(), strict=True)]
-        flipped = crops[:, 2].tolist()
-        views = [view.flip(1) if flip else view for view, flip in zip(views, flipped, strict=True)]
-        return _normalize(torch.stack(views))
-    crops = crops.to(pixels.device, non_blocking=True)
-    top, left, flipped = crops[:, :, None].unbind(1)  # (B, 1) each
+    crop = _crop_by_slices if pixels.device.type == "cpu" else _crop_by_gather
+    return _normalize(crop(pixels, image_size, crops))
+
+
+def _crop_by_slices(pixels: torch.Tensor, image_size: int, crops: torch.Tensor) -> torch.Tensor:
+    """Crop on a CPU, about twice as fast as by a gather: slices are copied row by row."""
+    images = []
+    for image, (top, left, flipped) in zip(pixels, crops.tolist(), strict=True):
+        crop = image[top : top + image_size, left : left + image_size]
+        images.append(crop.flip(1) if flipped else crop)
+    return torch.stack(images)
+
+
+def _crop_by_gather(pixels: torch.Tensor, image_size: int, crops: torch.Tensor) -> torch.Tensor:
+    """Crop on a GPU, where a gather launches fewer kernels than a slice for each image."""
+    top, left, flipped = crops.to(pixels.device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1)
     along = torch.arange(image_size, device=pixels.device)
     rows = top + along  # (B, H)
     columns = left + torch.where(flipped > 0, image_size - 1 - along, along)  # (B, W)
     image = torch.arange(len(pixels), device=pixels.device)[:, None, None]
-    return _normalize(pixels[image, rows[:, :, None], columns[:, None, :]])
+    return pixels[image, rows[:, :, None], columns[:, None, :]]
 
 
 def eval_transform(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
@@ -65,7 +72,7 @@ def eval_transform(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
 
 
 def _normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 with ImageNet's mean and standard deviation."""
+    """Map (B, H, W, 3) uint8 to (B, 3, H, W) float32 with ImageNet's mean and deviation."""
     mean, std = _statistics(pixels.device)
     # Whole rows at a time: broadcasting three numbers over an image is half as fast on a CPU.
     width = pixels.shape[2]

@@ -1,4 +1,4 @@
-"""What a model gets wrong: the captions that rank their own photo worst, with what came first."""
+"""Examples of retrieval as contact sheets: the top images of captions, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -15,55 +15,65 @@ from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import split_words
 from src.utils.plots import SheetRow, plot_contact_sheet
 
+BLOCK = 1024  # captions that are ranked at a time
+
 
 @dataclass(frozen=True)
 class Mistake:
-    """A caption whose photo is not the first.
+    """A caption whose own image is not ranked first.
 
     Attributes:
-        caption: its row in the dataset.
-        rank: of its photo among all photos, from 2.
-        first: the photos at the head of the ranking, by number.
-        same_words: whether the captions of the first other photo have every word of this one, so
-            that only the words' order and number could tell the two photos apart.
+        caption: index of the caption in the dataset.
+        rank: rank of its own image among all images, from 2.
+        top: indices of the images with the highest similarity.
+        same_words: whether the captions of the best other image have all words of this caption, so
+            that a bag of words cannot tell the two images apart.
     """
 
     caption: int
     rank: int
-    first: list[int]
+    top: list[int]
     same_words: bool
 
 
 def find_mistakes(model: DualEncoder, dataset: Flickr30kDataset, top: int = 4) -> list[Mistake]:
-    """All mistakes of a split, the worst first; of equal ranks the earlier caption.
+    """Return all mistakes on a split, sorted by rank from the worst, then by caption.
 
     Args:
         model: on any device; left in eval mode.
-        top: photos of the head of each ranking to name.
+        dataset: the split.
+        top: number of images to list for each mistake, at least 2.
     """
-    images = embed_images(model, dataset)
+    images = embed_images(model, dataset)  # (N, D)
     words = [{word for caption in record.captions for word in split_words(caption)}
              for record in dataset.records]
-    found = []
-    for rows in torch.arange(len(dataset)).split(1024):
-        similarity = embed_tokens(model, dataset.tokens[rows]) @ images.T  # (1024, N)
-        ranks = text_to_image_ranks(similarity, dataset.image_index[rows])
-        first = similarity.topk(min(top, len(images))).indices.tolist()
-        own = dataset.image_index[rows].tolist()
-        found += [
-            Mistake(row, rank, photos,
-                    words[next(photo for photo in photos if photo != right)].issuperset(
-                        split_words(dataset.captions[row])))
-            for row, rank, photos, right in zip(rows.tolist(), ranks.tolist(), first, own,
-                                                strict=True) if rank > 1
-        ]
-    return sorted(found, key=lambda mistake: (-mistake.rank, mistake.caption))
+    mistakes = []
+    for block in torch.arange(len(dataset)).split(BLOCK):
+        similarity = embed_tokens(model, dataset.tokens[block]) @ images.T  # (BLOCK, N)
+        own_images = dataset.image_index[block]
+        ranks = text_to_image_ranks(similarity, own_images)
+        top_images = similarity.topk(min(top, len(images))).indices
+        for caption, rank, best, own in zip(block.tolist(), ranks.tolist(), top_images.tolist(),
+                                            own_images.tolist(), strict=True):
+            if rank > 1:
+                other = next(image for image in best if image != own)
+                same_words = words[other].issuperset(split_words(dataset.captions[caption]))
+                mistakes.append(Mistake(caption, rank, best, same_words))
+    return sorted(mistakes, key=lambda mistake: (-mistake.rank, mistake.caption))
 
 
 def plot_mistakes(
     path: Path, dataset: Flickr30kDataset, mistakes: list[Mistake], count: int = 8
 ) -> None:
-    """Draw the first `count` mistakes, one a photo: its rank, its photo (framed), what came first.
+    """Draw the worst mistakes, at most one for each image, as a PNG file.
+
+    A row shows the caption, its own image, framed and with its rank, and the images ranked above.
+
+    Args:
+        path: the file.
+        dataset: the split.
+        mistakes: of `find_mistakes`.
+        count: maximum number of rows.
 
     Raises:
         UserError: the file cannot be written.
@@ -72,14 +82,13 @@ def plot_mistakes(
     for mistake in mistakes:
         own = int(dataset.image_index[mistake.caption])
         if len(rows) < count and own not in rows:
-            others = {place: photo for place, photo in enumerate(mistake.first, start=1)
-                      if photo != own}
+            others = {rank: image for rank, image in enumerate(mistake.top, start=1)
+                      if image != own}
             rows[own] = SheetRow(
                 dataset.captions[mistake.caption],
                 list(dataset.pixels(np.array([own, *others.values()])).numpy()),
-                [f"its photo, rank {mistake.rank:,}",
-                 *(f"rank {place}" for place in others)],
-                right=0,
+                [f"its image, rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
+                correct=0,
             )
     plot_contact_sheet(path, list(rows.values()))
 
@@ -87,21 +96,22 @@ def plot_mistakes(
 def plot_examples(
     path: Path, model: DualEncoder, dataset: Flickr30kDataset, count: int = 6, top: int = 5
 ) -> None:
-    """A contact sheet: captions spread over a split, with the top photos of that split.
+    """Draw `count` captions, evenly spaced over a split, with their top images, as a PNG file.
 
-    The photo that a caption was written for is framed where it is among the top.
+    The image that a caption belongs to is framed if it is among them.
     """
-    queries = torch.linspace(0, len(dataset) - 1, count).long()
-    text_embeddings = embed_tokens(model.eval(), dataset.tokens[queries])
-    similarity = text_embeddings @ embed_images(model, dataset).T
-    scores, best = similarity.topk(min(top, len(dataset.records)))
-    rows = []
-    for query, its_scores, photos in zip(queries.tolist(), scores, best, strict=True):
-        right = (photos == dataset.image_index[query]).nonzero().flatten().tolist()
-        rows.append(SheetRow(
-            dataset.captions[query],
-            list(dataset.pixels(photos.numpy()).numpy()),
+    captions = torch.linspace(0, len(dataset) - 1, count).long()
+    texts = embed_tokens(model.eval(), dataset.tokens[captions])
+    similarity = texts @ embed_images(model, dataset).T  # (count, N)
+    scores, images = similarity.topk(min(top, len(dataset.records)))
+    is_own = images == dataset.image_index[captions, None]
+    plot_contact_sheet(path, [
+        SheetRow(
+            dataset.captions[caption],
+            list(dataset.pixels(best.numpy()).numpy()),
             [f"{score:.2f}" for score in its_scores.tolist()],
-            right[0] if right else None,
-        ))
-    plot_contact_sheet(path, rows)
+            correct=int(own.int().argmax()) if own.any() else None,
+        )
+        for caption, its_scores, best, own in zip(captions.tolist(), scores, images, is_own,
+                                                  strict=True)
+    ])

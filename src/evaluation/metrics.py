@@ -116,18 +116,34 @@ def retrieval_metrics(
     return summarize_ranks(*retrieval_ranks(image_embeddings, text_embeddings, image_index))
 
 
-def format_epoch(line: dict, is_best: bool = False) -> str:
-    """Return one epoch of a run's log as one line of text."""
-    metrics, times = line["metrics"], line["time"]
-    recalls = "   ".join(
-        f"{label} R@1/5/10 "
-        + " / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in RECALL_AT)
-        + f", median rank {metrics[f'{direction}_median_rank']:.0f}"
-        for label, direction in (("text->image", "text_to_image"), ("image->text", "image_to_text"))
-    )
-    return (f"epoch {line['epoch']}: loss {line['loss']:.3f}   {recalls}   "
-            f"rsum {metrics['rsum']:.1f}   {times['seconds']:.0f} s "
-            f"({times['wait_share']:.1%} waiting for data)" + ("   (best)" if is_best else ""))
+EPOCH_HEADER = """\
+                  text to image         image to text
+epoch    loss    R@1   R@5  R@10       R@1   R@5  R@10     rsum     time    left"""
+
+
+def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
+    """Return one epoch of a run's log as a row below EPOCH_HEADER; `*` marks the best so far.
+
+    Args:
+        line: of the log.
+        is_best: whether its rsum is the highest so far.
+        epochs: of the whole run, to estimate the time that is left.
+    """
+    metrics, seconds = line["metrics"], line["time"]["seconds"] + line["time"]["validation_seconds"]
+    text_to_image, image_to_text = (
+        "".join(f"{metrics[f'{direction}_R@{k}']:6.1f}" for k in RECALL_AT)
+        for direction in ("text_to_image", "image_to_text"))
+    left = format_seconds((epochs - line["epoch"]) * seconds) if line["epoch"] < epochs else ""
+    return (f"{line['epoch']:5}{line['loss']:8.3f} {text_to_image}    {image_to_text} "
+            f"{metrics['rsum']:8.1f}{'*' if is_best else ' '}{format_seconds(seconds):>8}{left:>8}"
+            ).rstrip()
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time as '45 s', '12 min' or '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def format_table(metrics: dict[str, float]) -> str:

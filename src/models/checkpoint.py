@@ -1,9 +1,9 @@
-"""Save, load and export trained models. Checkpoints hold tensors and plain values only."""
+"""Save, load and export trained models. A checkpoint holds only tensors and plain values."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ RENAMED_FIELDS = {"mirror_mean": "flip_tta"}
 
 
 class Checkpoint(NamedTuple):
-    """A loaded checkpoint: the model in eval mode, its tokenizer, and all that the file holds."""
+    """A loaded checkpoint: the model in eval mode, its tokenizer, and the content of the file."""
 
     model: DualEncoder
     tokenizer: Tokenizer
@@ -47,9 +47,9 @@ def save_checkpoint(
 
 
 def _check_shapes(config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError where the weights are not the model's, before any memory is taken for it.
+    """Raise ValueError if the weights do not fit the config, before memory is allocated for it.
 
-    The file may be a stranger's, and its config ask for a vocabulary of 10^12 words.
+    The config of an untrusted file may ask for a vocabulary of 10^12 words.
     """
     with torch.device("meta"):
         expected = DualEncoder(config).state_dict()
@@ -61,9 +61,10 @@ def _check_shapes(config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
 def rotate_checkpoint(
     path: Path, previous: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
 ) -> None:
-    """Write a checkpoint to `path` as `save_checkpoint`, and keep the one before as `previous`.
+    """Write a checkpoint to `path` as `save_checkpoint` does; rename the one before to `previous`.
 
-    At every moment one of the two is whole: the new file is complete before the old one moves.
+    One of the two is complete at any time, because the new file is written before the old one is
+    renamed.
 
     Raises:
         UserError: the file cannot be written; both earlier files are intact.
@@ -76,10 +77,8 @@ def rotate_checkpoint(
     sync_folder(path.parent)
 
 
-def load_newest_checkpoint(
-    path: Path, previous: Path
-) -> Checkpoint:
-    """Load `path`, or `previous` where `path` is damaged or gone; says so on standard error.
+def load_newest_checkpoint(path: Path, previous: Path) -> Checkpoint:
+    """Load `path`, or `previous` with a note if `path` is damaged or missing.
 
     Raises:
         UserError: neither can be read.
@@ -95,7 +94,7 @@ def load_newest_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Rebuild model (in eval mode, on the CPU) and tokenizer; the third value is the whole file.
+    """Load the model, in eval mode on the CPU, and its tokenizer.
 
     Raises:
         UserError: no such file, not a checkpoint of the dual encoder, or a damaged one.
@@ -112,7 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         model.load_state_dict(content["model_state"])
         tokenizer = Tokenizer(content["vocab"], model.config.context_length)
         if not isinstance(content.get("args", {}), dict):
-            raise TypeError("args is no dictionary")
+            raise TypeError("args is not a dictionary")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words for {model.config.vocab_size} embeddings")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -120,24 +119,51 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(model.eval(), tokenizer, content)
 
 
-def export_image_encoder(
-    path: Path, model: DualEncoder, *, resize: int, mean: tuple[float, ...], std: tuple[float, ...]
+def save_compact(
+    path: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
 ) -> None:
+    """Write a checkpoint in half precision with each word stored in the shared space.
+
+    The text projection is folded into the words and becomes the identity, which changes embeddings
+    only by the rounding to half precision. The file is a checkpoint like any other.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    dim = model.config.embed_dim
+    state = model.state_dict() | {
+        "text_encoder.embedding.weight": model.word_embeddings(),  # (V, D)
+        "text_projection.linear.weight": torch.eye(dim)}
+    save_tensors(path, {
+        "kind": DUAL_ENCODER,
+        # BatchNorm's statistics and logit_scale are small and stay in float32.
+        "model_state": {name: tensor.half() if tensor.ndim > 1 else tensor
+                        for name, tensor in state.items()},
+        "vocab": tokenizer.vocab,
+        "config": asdict(replace(model.config, token_dim=dim)),
+        **extra,
+    })
+
+
+def export_image_encoder(path: Path, model: DualEncoder, *, resize: int) -> None:
     """Write the image encoder with all that is needed to rebuild it and to prepare its input.
 
-    `backbone_state` loads into `EfficientNet.from_name(name, include_top=False,
-    image_size=image_size)`, whose padding depends on that size. The embedding of an image is
-    `projection @ features`, normalized to unit length; with `flip_tta` the features are the mean
-    over the image and its horizontal flip.
+    `backbone_state` loads into `EfficientNet.from_name(name, image_size=image_size)` of the package
+    efficientnet_pytorch, or efficientnet_lite_pytorch for the Lite networks, without its classifier
+    `_fc`. `mean` and `std`, per channel of values in [0, 1], are those of that network. The
+    embedding of an image is `projection @ features`, normalized to unit length; with `flip_tta` the
+    features are the mean over the image and its horizontal flip.
 
     Args:
+        path: the file to write.
+        model: the trained model.
         resize: side in pixels to which images are resized before the center crop of `image_size`.
-        mean, std: per channel, of values in [0, 1].
 
     Raises:
         UserError: the file cannot be written.
     """
     config = model.config
+    mean, std = model.image_encoder.input_statistics
     save_tensors(path, {
         "kind": IMAGE_ENCODER,
         "name": config.image_encoder,

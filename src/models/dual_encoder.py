@@ -1,4 +1,4 @@
-"""The two towers and the temperature: CLIP's shape with an EfficientNet and a bag of words.
+"""CLIP's architecture with an EfficientNet as image encoder and a bag of words as text encoder.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
 """
@@ -20,12 +20,12 @@ MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to rebuild the model; travels in the checkpoint as plain values."""
+    """All that is needed to rebuild the model; saved in the checkpoint as plain values."""
 
     vocab_size: int
     image_encoder: str = "efficientnet-b0"
-    image_size: int = 224
-    context_length: int = 32
+    image_size: int = 224  # side in pixels
+    context_length: int = 32  # words per caption
     token_dim: int = 512
     embed_dim: int = 256
     dropout: float = 0.1
@@ -35,10 +35,10 @@ class ModelConfig:
 
 
 class DualEncoder(nn.Module):
-    """One embedding space for photos and captions; similarity is the dot product."""
+    """Embed images and captions in one space, where the similarity is the dot product."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with random weights; `image_encoder.load_weights` brings pretrained ones."""
+        """Build with random weights; `image_encoder.load_weights` loads pretrained ones."""
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(
@@ -51,25 +51,31 @@ class DualEncoder(nn.Module):
             self.image_encoder.feature_dim, config.embed_dim, config.dropout
         )
         self.text_projection = ProjectionHead(config.token_dim, config.embed_dim, config.dropout)
-        # CLIP's start. One at 0 would, at lr 2e-5, never leave the range where nothing is learned.
+        # CLIP's initial value. From 0, a learning rate of 2e-5 would leave the softmax too flat to
+        # learn from for the whole run.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalized images -> (B, embed_dim) float32 embeddings of unit length.
+        """Embed images.
 
-        Or from (B, F) features that the image encoder gave earlier, where it is frozen.
+        Args:
+            images: (B, 3, H, W), normalized; or (B, F) features of a frozen image encoder.
+
+        Returns:
+            (B, D) float32 of unit length.
         """
-        features = images if images.ndim == 2 else self.image_encoder(images)
-        return self.image_projection(features)
+        # Features computed once make an epoch of the heads a matter of seconds.
+        features = images if images.ndim == 2 else self.image_encoder(images)  # (B, F)
+        return self.image_projection(features)  # (B, D)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) token ids -> (B, embed_dim) float32 embeddings, unit length (0 for no words)."""
-        return self.text_projection(self.text_encoder(tokens))
+        """Embed captions: (B, L) token ids -> (B, D) float32 of unit length, or 0 without words."""
+        return self.text_projection(self.text_encoder(tokens))  # (B, D)
 
     def forward(
         self, images: torch.Tensor, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both embeddings: (B, 3, H, W) and (M, L) -> (B, D) and (M, D)."""
+        """Embed B images and M captions: (B, 3, H, W) and (M, L) -> (B, D) and (M, D)."""
         return self.encode_image(images), self.encode_text(tokens)
 
     def summary(self) -> str:
@@ -81,14 +87,16 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the inverse temperature between 1 and 100, as CLIP does, after each step."""
+        """Clamp the inverse temperature to [1, 100]; to be called after each step."""
+        # CLIP's upper bound: larger logits made training unstable.
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     @torch.no_grad()
     def word_embeddings(self) -> torch.Tensor:
-        """Each word on its own in the shared space: (V, D), not normalized.
+        """Return each word in the shared space: (V, D), not normalized.
 
-        A text's embedding is the normalized mean of its words' rows, so its score against a photo
-        is a sum over the words.
+        The embedding of a text is the normalized mean of the rows of its words, so its similarity
+        to an image is a sum over the words.
         """
+        # The projection has no bias, so it commutes with the mean over words.
         return self.text_projection.linear(self.text_encoder.embedding.weight)

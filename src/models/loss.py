@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE: of all captions the photo's own, of all photos the caption's own.
+"""Symmetric InfoNCE between images and captions.
 
 van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018;
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -16,20 +16,21 @@ def contrastive_loss(
     image_index: torch.Tensor,
     logit_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Temperature-scaled symmetric InfoNCE, in float32.
+    """Return the symmetric InfoNCE loss of a batch, in float32.
 
-    With one caption a photo this is CLIP's loss. Where a photo brings several, each of them has
-    its photo to find, and the photo's probability is to spread evenly over its captions.
+    With one caption per image this is CLIP's loss. With several, each caption is classified as its
+    image, and the target of an image is the uniform distribution over its captions.
 
     Args:
         image_embeddings: (B, D) of unit length.
         text_embeddings: (M, D) of unit length.
-        image_index: (M,) int64, the row of each caption's photo; every photo has a caption.
+        image_index: (M,) int64, the row of each caption's image; every image has a caption.
         logit_scale: scalar, the log of the inverse temperature.
 
     Returns:
-        Scalar: the mean of both directions; (ln B + ln M) / 2 where all similarities are equal.
+        Scalar: the mean of both directions; (ln B + ln M) / 2 if all similarities are equal.
     """
+    # bfloat16 has 8 bits: it would round different similarities to the same logit.
     with torch.autocast(image_embeddings.device.type, enabled=False):
         similarity = text_embeddings.float() @ image_embeddings.float().T  # (M, B)
         logits = logit_scale.float().exp() * similarity

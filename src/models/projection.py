@@ -1,4 +1,4 @@
-"""Features -> unit embeddings in the shared space."""
+"""Projection heads: features -> embeddings of unit length in the shared space."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 class ProjectionHead(nn.Module):
-    """Dropout, one linear map, unit length.
+    """Dropout, a linear map, and normalization to unit length.
 
-    No bias, as in CLIP: a text's score is then exactly the sum of its words' shares.
+    The map has no bias, as in CLIP, so the score of a text is exactly the sum of its words' scores.
     """
 
     def __init__(self, feature_dim: int, embed_dim: int, dropout: float) -> None:
@@ -19,9 +19,9 @@ class ProjectionHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=feature_dim**-0.5)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) features -> (B, D) float32 embeddings of length 1 (0 for features of zeros)."""
+        """Map (B, F) features to (B, D) float32 embeddings of unit length, or 0 for zeros."""
         embeddings = self.linear(self.dropout(features)).float()
         length = embeddings.norm(dim=-1, keepdim=True)  # (B, 1)
-        # Not F.normalize: its gradient at zeros (a caption of no known word) is 1e12, and its
-        # smallest length, 1e-12, is more than a deep tower's features have before any training.
+        # Not F.normalize: its gradient at zeros (a caption without known words) is 1e12, and its
+        # eps of 1e-12 is larger than the features of an untrained deep network.
         return embeddings / length.masked_fill(length == 0, 1)

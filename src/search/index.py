@@ -1,8 +1,8 @@
-"""An index of a folder of photos: their embeddings on disk, searched exactly.
+"""The index of an image folder: embeddings on disk, searched exactly.
 
-On disk lie `index.json` and the matrix it names, a plain .npy of float32 unit rows that numpy,
-FAISS or a vector database reads as it is; row i belongs to the i-th name. `src/search/update_index.py` keeps
-it up to date.
+An index is `index.json` and the matrix that it names, a plain .npy file of float32 unit vectors
+that numpy, FAISS or a vector database reads as it is; row i belongs to the i-th name.
+`src/search/update_index.py` keeps an index up to date.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from src.search.matrix import load_matrix, save_matrix
 from src.utils.errors import printable
 
-BLOCK_SCORES = 1 << 20  # 4 MB of float32: made, looked through and forgotten
+BLOCK_SCORES = 1 << 20  # scores per block: 4 MB of float32, which stays in the cache
 FEW_QUERIES = 8
 
 
 @dataclass
 class ImageIndex:
-    """Embeddings of the photos of one folder, made with one checkpoint.
+    """The embeddings of the images of one folder, computed with one checkpoint.
 
     Attributes:
-        checkpoint: fingerprint of the weights that made the embeddings.
+        checkpoint: fingerprint of the weights.
         names: N paths relative to the folder, sorted.
-        signatures: N pairs (bytes, time of change in ns), to notice a changed photo.
-        embeddings: (N, D) float32 of unit length, often memory-mapped.
-        failed: what could not be read: path -> [reason, signature].
+        signatures: N pairs (size in bytes, modification time in ns), to detect changed files.
+        embeddings: (N, D) float32 unit vectors, often memory-mapped.
+        failed: unreadable files: path -> [reason, signature].
     """
 
     checkpoint: str
@@ -40,30 +40,30 @@ class ImageIndex:
 
     @classmethod
     def load(cls, folder: Path, checkpoint: str, dim: int) -> ImageIndex:
-        """The index kept in `folder`; an empty one where there is none that fits `checkpoint`.
+        """Return the index stored in `folder`, or an empty one if none fits the checkpoint.
 
         Args:
-            dim: D of the checkpoint's embeddings.
+            folder: where `save` wrote it.
+            checkpoint: fingerprint of the weights.
+            dim: D of their embeddings.
         """
+        reason = "was made with another checkpoint"
         try:
             content, embeddings = load_matrix(folder, "index")
             index = cls(*(content[key] for key in ("checkpoint", "names", "signatures")),
                         embeddings, content["failed"])
             index._check(dim)
+            if index.checkpoint == checkpoint:
+                return index
         except FileNotFoundError:
             return cls(checkpoint)
         except (ValueError, KeyError) as error:
-            print(f"the index in {folder} is damaged and is built anew "
-                  f"({printable(str(error))})", file=sys.stderr)
-            return cls(checkpoint)
-        if index.checkpoint != checkpoint:
-            print(f"the index in {folder} was made with another checkpoint and is built anew",
-                  file=sys.stderr)
-            return cls(checkpoint)
-        return index
+            reason = f"is damaged ({printable(str(error))})"
+        print(f"the index in {folder} {reason} and is built again", file=sys.stderr)
+        return cls(checkpoint)
 
     def _check(self, dim: int) -> None:
-        """Raises ValueError where the parts are not what they should be or do not fit."""
+        """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.checkpoint, str)
                 and isinstance(self.names, list) and all(isinstance(n, str) for n in self.names)
                 and isinstance(self.signatures, list) and isinstance(self.failed, dict)
@@ -71,69 +71,69 @@ class ImageIndex:
                         for entry in self.failed.values())):
             raise ValueError("values of another type")
         if not len(self.names) == len(self.signatures) == len(self.embeddings):
-            raise ValueError(f"{len(self.embeddings)} rows for {len(self.names)} names")
+            raise ValueError(f"{len(self.embeddings)} embeddings for {len(self.names)} names")
         if len(set(self.names)) < len(self.names):
-            raise ValueError("a name twice")
+            raise ValueError("a repeated name")
         if self.names and self.embeddings.shape[1] != dim:
-            raise ValueError(f"rows of {self.embeddings.shape[1]} numbers instead of {dim}")
+            raise ValueError(f"embeddings of {self.embeddings.shape[1]} numbers instead of {dim}")
 
     def save(self, folder: Path) -> None:
-        """Write the index, whole or not at all. Raises UserError as `save_matrix`."""
+        """Write the index atomically. Raises UserError like `save_matrix`."""
         save_matrix(folder, "index", {
             "checkpoint": self.checkpoint, "names": self.names, "signatures": self.signatures,
             "failed": self.failed,
         }, self.embeddings)
 
     def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """The exact nearest photos of some queries, in one pass over the matrix, block by block.
+        """Return the exact nearest images of Q queries, in one pass over the matrix by blocks.
 
         Args:
-            queries: (Q, D) float32 unit rows.
-            top: how many; fewer where there are fewer photos.
+            queries: (Q, D) float32 unit vectors.
+            top: number of hits for each query; fewer if the index has fewer images.
 
         Returns:
-            scores (Q, K) float32, falling, and rows (Q, K) int64; equal scores in the order of
-            their rows.
+            scores (Q, K) float32 in descending order, and positions (Q, K) int64 of the images;
+            equal scores are in the order of the images.
         """
         count, top = len(self.names), min(top, len(self.names))
-        floor = np.full(len(queries), -np.inf, np.float32)  # no lower score can be in the answer
-        owners, rows, kept = [], [], []
+        floor = np.full(len(queries), -np.inf, np.float32)  # lower scores cannot be hits
+        owners, positions, kept = [], [], []
         step = max(BLOCK_SCORES // max(len(queries), 1), top, 1)
         for start in range(0, count, step):
-            scores = _scores(queries, self.embeddings[start : start + step])  # (Q, R)
-            # Of equal scores the first rows count, so later ones must be above what was reached.
-            floor = np.maximum(_reached(scores, top), np.nextafter(floor, np.float32(np.inf)))
+            scores = _scores(queries, self.embeddings[start : start + step])  # (Q, block)
+            # Among equal scores the first images win, so later ones must exceed the floor.
+            floor = np.maximum(_lower_bound(scores, top), np.nextafter(floor, np.float32(np.inf)))
             found = np.flatnonzero(scores >= floor[:, None])
             owner = found // scores.shape[1]
             owners.append(owner)
-            rows.append(found - owner * scores.shape[1] + start)
+            positions.append(found - owner * scores.shape[1] + start)
             kept.append(scores.ravel()[found])
         if not owners:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-        owner, row, score = map(np.concatenate, (owners, rows, kept))
-        order = np.lexsort((-score, owner))  # stable: of equal scores the first row stays first
+        owner, position, score = map(np.concatenate, (owners, positions, kept))
+        order = np.lexsort((-score, owner))  # stable: equal scores keep the order of the images
         first = np.searchsorted(owner, np.arange(len(queries)), sorter=order)
         best = order[first[:, None] + np.arange(top)]
-        return score[best], row[best]
+        return score[best], position[best]
 
 
 def _scores(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """(Q, D), (R, D) -> (Q, R) dot products."""
-    # OpenBLAS and MKL multiply a matrix by few vectors at a third of the memory's speed.
+    """Return the dot products of (Q, D) and (R, D): (Q, R)."""
+    # OpenBLAS and MKL multiply a matrix by few vectors at a third of the memory bandwidth.
     if len(queries) < FEW_QUERIES:
         return np.vecdot(block, queries[:, None])
     return queries @ block.T
 
 
-def _reached(scores: np.ndarray, top: int) -> np.ndarray:
-    """A score that at least `top` of each row reach, and hardly more: (Q, R) -> (Q,).
+def _lower_bound(scores: np.ndarray, top: int) -> np.ndarray:
+    """Return a lower bound of the `top`-th best score of each query: (Q, R) -> (Q,).
 
-    It is the `top`-th best of the best of groups, found in a tenth of a full selection's time.
-    With fewer than `top` scores it is the least.
+    It is the `top`-th best of the maxima of groups, which takes a tenth of the time of a full
+    selection. With fewer than `top` scores it is the minimum.
     """
     size = max(1, scores.shape[1] // (8 * top))
     groups = scores.shape[1] // size
     best = scores[:, : groups * size].reshape(len(scores), size, groups).max(1)
-    place = max(0, groups - top)
-    best.partition(place, axis=1)
-    return best[:, place]
+    rank = max(0, groups - top)
+    best.partition(rank, axis=1)
+    return best[:, rank]

@@ -1,7 +1,7 @@
-"""Rows of float32 on disk, and the JSON beside them that says what they are.
+"""A float32 matrix on disk, and a JSON file that describes it.
 
-NAME.json holds plain values and names a .npy, which numpy, FAISS or a vector database reads as it
-is. Such a folder may come from a stranger: nothing in it can run, and no memory is taken for more
+NAME.json holds plain values and names a .npy file, which numpy, FAISS or a vector database reads as
+it is. The files may be untrusted: nothing in them can run code, and no memory is allocated for more
 than the files hold.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import uuid
 from pathlib import Path
 
@@ -17,22 +16,22 @@ import numpy as np
 
 from src.utils.files import write_atomic
 
-MAX_JSON_BYTES = 1 << 30  # the names of some ten million photos
+MAX_JSON_BYTES = 1 << 30  # the names of about ten million images
 
 
 def save_matrix(folder: Path, name: str, content: dict, matrix: np.ndarray) -> None:
-    """Write (N, D) rows and the plain values of `content`.
+    """Write an (N, D) matrix and the plain values of `content`.
 
-    The rows get a file of a new name, so that at no moment the JSON speaks of other rows. One
-    writer at a time: what an earlier or a killed one left of its rows is removed.
+    The matrix gets a new file name each time, so the JSON file never describes another matrix.
+    Matrices of earlier or killed calls are removed; there must be only one writer at a time.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
     """
-    rows = io.BytesIO()
-    np.save(rows, np.ascontiguousarray(matrix, np.float32))
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(matrix, np.float32))
     file = f"{name}-{uuid.uuid4().hex[:8]}.npy"
-    write_atomic(folder / file, rows.getbuffer())
+    write_atomic(folder / file, buffer.getbuffer())
     text = json.dumps({**content, "embeddings": file})
     write_atomic(folder / f"{name}.json", text.encode("ascii"))
     for old in [*folder.glob(f"{name}-*.npy"), *folder.glob(f".{name}-*.tmp")]:
@@ -41,48 +40,41 @@ def save_matrix(folder: Path, name: str, content: dict, matrix: np.ndarray) -> N
 
 
 def load_matrix(folder: Path, name: str) -> tuple[dict, np.ndarray]:
-    """What `save_matrix` wrote: the plain values and the rows, memory-mapped.
+    """Return the plain values and the (N, D) matrix of `save_matrix`; the matrix is memory-mapped.
 
     Raises:
-        FileNotFoundError: nothing was written there.
-        ValueError: something else lies there, or a part of it.
+        FileNotFoundError: there is no such matrix.
+        ValueError: the files are damaged, or hold something else.
     """
     description = folder / f"{name}.json"
     if not description.exists():
         raise FileNotFoundError(description)
     try:
-        content = json.loads(_regular(description, MAX_JSON_BYTES).read_bytes())
-        path = _regular(folder / Path(content["embeddings"]).name)
-        matrix = _map_rows(path)
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = json.loads(_check_file(description, MAX_JSON_BYTES).read_bytes())
+        path = _check_file(folder / Path(content["embeddings"]).name)
+        with np.errstate(over="raise"):  # the size of an absurd shape overflows
+            # Copy-on-write: nothing writes to it, but torch warns about read-only arrays.
+            mapped = np.lib.format.open_memmap(path, mode="c")
+    except (OSError, KeyError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    if mapped.ndim != 2 or mapped.dtype != np.dtype("<f4") or not mapped.flags.c_contiguous \
+            or mapped.offset + mapped.nbytes != path.stat().st_size:
+        raise ValueError(f"{path.name} holds {mapped.dtype} of shape {mapped.shape}")
+    matrix = np.asarray(mapped)
     with np.errstate(all="ignore"):
-        if not np.isfinite(matrix.sum()):  # one bad number is in the sum, too
-            raise ValueError(f"{path.name} holds what is no number")
+        if not np.isfinite(matrix.sum()):  # one NaN or infinity makes the sum so
+            raise ValueError(f"{path.name} holds numbers that are not finite")
     return content, matrix
 
 
-def _map_rows(path: Path) -> np.ndarray:
-    """The (N, D) float32 of a .npy, memory-mapped. Raises ValueError where it holds other things.
+def _check_file(path: Path, max_bytes: float = float("inf")) -> Path:
+    """Return `path`; raise ValueError if it is not a regular file or too large.
 
-    Not numpy's own open_memmap, which multiplies any shape that the file names, and overflows.
+    Reading a pipe would block, and an endless device would fill the memory.
     """
-    with open(path, "rb") as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{path.name} is no .npy of version 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
-    if len(shape) != 2 or min(shape) < 0 or dtype != np.dtype("<f4") or fortran \
-            or start + 4 * math.prod(shape) != path.stat().st_size:
-        raise ValueError(f"{path.name} holds {dtype} of shape {shape}")
-    # Copy-on-write: nothing writes to it, but torch warns of arrays that forbid it.
-    return np.asarray(np.memmap(path, dtype, "c", start, shape))
-
-
-def _regular(path: Path, most: float = float("inf")) -> Path:
-    """`path`, if it is a file of at most so many bytes; a pipe would be read for ever."""
     if not path.is_file():
-        raise ValueError(f"{path.name} is no file")
-    if path.stat().st_size > most:
+        raise ValueError(f"{path.name} is not a file")
+    if path.stat().st_size > max_bytes:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
     return path

@@ -1,14 +1,14 @@
-"""An index and a vocabulary -> a folder that searches by itself in a browser, without a server.
+"""Write a web page that searches an index in the browser, without a server.
 
-Encoding a text is a mean of word vectors, so a browser can do it. The folder opens from disk and
-works on any static host:
+The embedding of a text is a mean of word vectors, which a browser can compute. The folder opens
+from disk and works on any static host:
 
     index.html, style.css, search.js, view.js, icon.svg
-    data/words.js         the vocabulary and its vectors, int8 with one float32 scale a word
-    data/photos-000.js …  names, captions and embeddings of the photos, in the same form
-    t/, f/                thumbnails and full-size pictures, called by their content's digest
+    data/words.js         the vocabulary and its vectors, int8 with a float32 scale for each word
+    data/photos-000.js …  names, captions and embeddings of the images, in the same form
+    t/, f/                thumbnails and large images, named by the digest of their content
 
-Data travels inside scripts, in base64: a page opened from disk may load scripts, but not fetch.
+The data files are scripts that hold base64: a page opened from disk may load scripts, not fetch.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from src.utils.files import write_atomic
 ASSETS = Path(__file__).with_name("page_assets")
 ASSET_NAMES = ("search.js", "view.js", "style.css", "icon.svg")
 THUMBNAIL, FULL_SIZE = 256, 1024  # longest side in pixels
-PHOTOS_PER_FILE = 4096  # some 3 MB with five captions each: the page searches what has arrived
-PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the full size to lay the page out
+IMAGES_PER_FILE = 4096  # about 3 MB with five captions each; the page searches what is loaded
+PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the size, for the layout of the page
 
 
 def write_page(
@@ -48,52 +48,56 @@ def write_page(
     names: list[str],
     image_embeddings: np.ndarray,
     captions: list[list[str]],
-    photos: list[Path],
+    paths: list[Path],
     title: str = "Photo search",
     progress: bool = True,
 ) -> dict:
-    """Write the page of N photos into `folder`: a new or empty one, or one with an earlier page.
+    """Write the page of N images into `folder`, which is new, empty, or holds an earlier page.
 
-    Pictures that an earlier or an interrupted call left there are not made again; those of photos
-    that are gone are removed.
+    Thumbnails and large images of an earlier or interrupted call are kept; those of images that
+    are gone are removed.
 
     Args:
-        words: the vocabulary in id order, <pad> and <unk> first.
-        word_embeddings: (V, D) float32. A text's embedding is the mean of its words' rows, of the
-            first `context_length`, at unit length; unknown words take row 1.
-        names: what the photos are called on the page, the only trace of their paths in it.
-        image_embeddings: (N, D) float32 unit rows.
-        captions: shown with each photo; a photo may have none.
-        photos: where to read the N pictures.
+        folder: where the page is written.
+        words: the vocabulary in the order of the ids, <pad> and <unk> first.
+        word_embeddings: (V, D) float32. The embedding of a text is the mean of the rows of its
+            first `context_length` words, at unit length; unknown words take row 1.
+        context_length: number of words of a text that are used.
+        names: shown on the page, which holds no other part of the paths.
+        image_embeddings: (N, D) float32 unit vectors.
+        captions: shown with each image, which may have none.
+        paths: the N image files.
+        title: of the page.
+        progress: show progress bars.
 
     Returns:
-        photos, words: how many the page holds; skipped: (name, reason) of each photo it does not;
-        photo_vector_bytes, word_vector_bytes: of all vectors before base64; data_bytes: of the
-        files in data/; pictures_made: how many pictures were not there yet.
+        photos, words: numbers of images and words in the page; skipped: (name, reason) of each
+        image that is not; photo_vector_bytes, word_vector_bytes: of the vectors before base64;
+        data_bytes: of the files in data/; pictures_made: number of images not kept from before.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
         ValueError: the arguments do not fit each other.
     """
-    n_photos, dim = image_embeddings.shape  # N, D
-    if not len(names) == len(captions) == len(photos) == n_photos:
-        raise ValueError(f"{n_photos} embeddings, {len(names)} names, {len(captions)} lists of "
-                         f"captions and {len(photos)} photos")
+    n_images, dim = image_embeddings.shape  # N, D
+    if not len(names) == len(captions) == len(paths) == n_images:
+        raise ValueError(f"{n_images} embeddings, {len(names)} names, {len(captions)} lists of "
+                         f"captions and {len(paths)} paths")
     if word_embeddings.shape != (len(words), dim) or words[:2] != ["<pad>", "<unk>"]:
         raise ValueError(f"{len(words)} words from {words[:2]}, word vectors "
-                         f"{word_embeddings.shape}, photos' vectors {image_embeddings.shape}")
+                         f"{word_embeddings.shape}, image vectors {image_embeddings.shape}")
     _check_folder(folder)
     parts = {name: _write(folder, name, (ASSETS / name).read_bytes()) for name in ASSET_NAMES}
-    pictures, reasons, made = _write_pictures(folder, photos, progress)
-    kept = [i for i in range(n_photos) if not reasons[i]]
+    pictures, reasons, made = _write_pictures(folder, paths, progress)
+    kept = [i for i in range(n_images) if not reasons[i]]
     data = {"data/words.js": _script("addWords", {
         "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
         "examples": example_queries(words, [captions[i] for i in kept]),
         **quantize(word_embeddings),
     })}
-    for start in range(0, len(kept), PHOTOS_PER_FILE):
-        block = kept[start:start + PHOTOS_PER_FILE]
-        data[f"data/photos-{start // PHOTOS_PER_FILE:03}.js"] = _script("addPhotos", {
+    for start in range(0, len(kept), IMAGES_PER_FILE):
+        block = kept[start:start + IMAGES_PER_FILE]
+        data[f"data/photos-{start // IMAGES_PER_FILE:03}.js"] = _script("addPhotos", {
             "names": [_well_formed(names[i]) for i in block],
             "captions": [[_well_formed(caption) for caption in captions[i]] for i in block],
             "pictures": [pictures[i] for i in block],
@@ -101,7 +105,7 @@ def write_page(
         })
     for name, content in data.items():
         parts[name] = _write(folder, name, content)
-    # Last: it names the files that belong together.
+    # index.html is written last: it names the files that belong together.
     write_atomic(folder / "index.html", _index(title, parts))
     _remove_stale(folder, set(data), {pictures[i] for i in kept})
     return {
@@ -113,44 +117,49 @@ def write_page(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but an earlier page: its index.html would be lost."""
+    """Raise UserError if a folder holds something else, whose index.html would be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder for the page")
-    # A write that was killed leaves a .tmp.
+    # A killed write leaves a .tmp file.
     others = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
     if others and not holds_page(folder):
         raise UserError(f"{folder} is not empty and holds no earlier page: name a new folder")
 
 
 def _write_pictures(
-    folder: Path, photos: list[Path], progress: bool
+    folder: Path, paths: list[Path], progress: bool
 ) -> tuple[list[str], list[str], int]:
-    """Each photo's picture name, and why it has none ('' for the other); how many were made."""
+    """Write two sizes of each image.
+
+    Returns:
+        the file name of each image, '' if it is unreadable; the reason, '' if it is readable; the
+        number of images not kept from before.
+    """
     done = {path.stem[:20]: path.stem for path in (folder / "f").glob("*.jpg")
             if PICTURE.fullmatch(path.stem) and (folder / "t" / path.name).exists()}
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow releases the GIL
     shown = partial(tqdm, unit="photo", disable=None if progress else True)
     try:
-        digests = list(shown(pool.map(_digest, photos), desc="reading", total=len(photos)))
-        # By content: no picture is made twice, and no two threads write one file.
-        new = {digest: photo for (digest, _), photo in zip(digests, photos, strict=True)
+        digests = list(shown(pool.map(_digest, paths), desc="reading", total=len(paths)))
+        # By content: no image is made twice, and no two threads write the same file.
+        new = {digest: path for (digest, _), path in zip(digests, paths, strict=True)
                if digest and digest not in done}
         made = dict(zip(new, shown(pool.map(partial(_write_picture, folder), new, new.values()),
-                                   desc="pictures", total=len(new)), strict=True))
+                                   desc="thumbnails", total=len(new)), strict=True))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for all that is left
+        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
     outcomes = [made.get(digest) or (done.get(digest, ""), reason) for digest, reason in digests]
     return ([picture for picture, _ in outcomes], [reason for _, reason in outcomes],
             sum(1 for picture, _ in made.values() if picture))
 
 
-def _digest(photo: Path) -> tuple[str, str]:
-    """A photo's content as 20 hexadecimal digits, or why it cannot be read; '' for the other."""
+def _digest(path: Path) -> tuple[str, str]:
+    """Return the digest of a file and '', or '' and why it cannot be read."""
     digest = hashlib.blake2b(f"{THUMBNAIL} {FULL_SIZE}".encode(), digest_size=10)
     try:
-        if not photo.is_file():
+        if not path.is_file():
             return "", "no such file"
-        with open(photo, "rb") as file:
+        with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except (OSError, ValueError) as error:
@@ -158,29 +167,30 @@ def _digest(photo: Path) -> tuple[str, str]:
     return digest.hexdigest(), ""
 
 
-def _write_picture(folder: Path, digest: str, photo: Path) -> tuple[str, str]:
-    """Write both sizes of one photo: their name, or why it cannot be read; '' for the other."""
+def _write_picture(folder: Path, digest: str, path: Path) -> tuple[str, str]:
+    """Write both sizes of an image; return their name and '', or '' and why it cannot be read."""
     try:
-        image = load_image(photo, longest=FULL_SIZE)
+        image = load_image(path, longest=FULL_SIZE)
     except (OSError, ValueError) as error:
         return "", str(error)
-    image.info = {}  # a JPEG's comment would be written too; the page is for showing around
+    image.info = {}  # a comment would be written too, and the page may be published
     thumbnail = image.copy()
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     name = f"{digest}_{image.width}x{image.height}"
     write_image(folder / "t" / f"{name}.jpg", thumbnail)
-    write_image(folder / "f" / f"{name}.jpg", image)  # second: where it is, the first is too
+    write_image(folder / "f" / f"{name}.jpg", image)  # second: if it exists, so does the thumbnail
     return name, ""
 
 
 def quantize(rows: np.ndarray) -> dict[str, str]:
-    """(n, D) float32 -> int8 codes and a float32 scale for each row, both in base64.
+    """Return int8 codes and a float32 scale for each row of (n, D) float32, both in base64.
 
-    A quarter of the bytes. On 1,000 captions against 7,000 photos (word vectors by TF-IDF and SVD)
-    scores moved by 0.0006, 99.4 % of the top tens stayed, and recall at 1, 5 and 10 fell by 0.1.
+    This takes a quarter of the bytes. With 1,000 captions and 7,000 images (word vectors by TF-IDF
+    and SVD) scores changed by 0.0006, 99.4 % of the top-10 hits stayed, and R@1, R@5 and R@10
+    decreased by 0.1.
     """
     if not np.isfinite(rows).all():
-        raise ValueError("embeddings that are not finite numbers")
+        raise ValueError("the embeddings are not finite")
     scales = np.abs(rows).max(axis=1, initial=0).astype("<f4") / np.float32(127)  # (n,)
     codes = np.rint(rows / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)  # (n, D)
     return {"codes": base64.b64encode(codes.tobytes()).decode(),
@@ -188,52 +198,49 @@ def quantize(rows: np.ndarray) -> dict[str, str]:
 
 
 def example_queries(words: list[str], captions: list[list[str]], count: int = 6) -> list[str]:
-    """Queries to begin with: short captions of frequent words, from all over the photos.
-
-    Without captions, some of those words.
-    """
+    """Return example queries: short captions of frequent words, or such words without captions."""
     known = set(words[2:1000])
-    firsts = (min(of_photo, key=len) for of_photo in captions if of_photo)
-    short = {" ".join(split) for split in map(split_words, firsts)
+    shortest = (min(own, key=len) for own in captions if own)
+    short = {" ".join(split) for split in map(split_words, shortest)
              if 3 <= len(split) <= 7 and known.issuperset(split)}
     pool = sorted(short, key=lambda text: hashlib.sha256(text.encode()).digest())
     return pool[:count] or [word for word in words[2:80] if len(word) > 3][:count]
 
 
 def _well_formed(text: str) -> str:
-    """Without the stand-ins for bytes that are no text, which file names may have."""
+    """Return the text with U+FFFD for surrogates, which stand for bytes that are not UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _script(function: str, data: dict) -> bytes:
-    """A script that hands `data` to a function of search.js."""
-    # ASCII, and no <: nothing in a caption can end a string, a line or a script early.
+    """Return a script that passes `data` to a function of search.js."""
+    # ASCII without "<": no caption can end a string, a line or a script.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return f"{function}({text});\n".encode("ascii")
 
 
 def _write(folder: Path, name: str, content: bytes) -> str:
-    """Write one part of the page; its address, by which a browser's cache cannot mix two pages."""
+    """Write a part of the page; return its URL, which changes with the content (for caches)."""
     write_atomic(folder / name, content)
     return f"{name}?v={hashlib.blake2b(content, digest_size=6).hexdigest()}"
 
 
 def _index(title: str, parts: dict[str, str]) -> bytes:
-    """index.html with its title and the addresses of its parts; scripts in the order of `parts`."""
-    scripts = "\n".join(f'<script defer src="{address}"></script>'
-                        for name, address in parts.items() if name.endswith(".js"))
+    """Return index.html with its title and the URLs of its parts, scripts in their order."""
+    scripts = "\n".join(f'<script defer src="{url}"></script>'
+                        for name, url in parts.items() if name.endswith(".js"))
     values = {**parts, "title": html.escape(title), "scripts": scripts}
     page = (ASSETS / "index.html").read_text(encoding="utf-8")
     return re.sub(r"{{(.+?)}}", lambda match: values[match[1]], page).encode("utf-8", "replace")
 
 
 def _remove_stale(folder: Path, data: set[str], pictures: set[str]) -> None:
-    """Remove what an earlier page left: data files beyond the last, pictures of photos now gone."""
+    """Remove data files beyond the last one, and the files of images that are gone."""
     for path in (folder / "data").glob("photos-*.js"):
         if f"data/{path.name}" not in data:
             path.unlink()
     for size in ("t", "f"):
         for path in (folder / size).glob("*.jpg*"):
-            # What a killed write left, too: .NAME.jpg.tmp
+            # Also what a killed write leaves: .NAME.jpg.tmp
             if PICTURE.match(path.name.removeprefix(".")) and path.stem not in pictures:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""A page that `src/search/page.py` wrote, on 127.0.0.1, for people who like a URL."""
+"""Serve a search page on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from src.utils.errors import UserError
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
-    """Serves the files of one folder, and nothing that a link in it points to outside."""
+    """Serve the files of one folder, and no file outside it that a link points to."""
 
-    def send_head(self):  # noqa: ANN201 (as the class it overrides)
+    def send_head(self):  # noqa: ANN201 (as in the base class)
         try:
             path = Path(self.translate_path(self.path)).resolve()
             is_file = path.is_file()
-        except (OSError, ValueError, RuntimeError):  # a NUL, a circle of links, a name too long
+        except (OSError, ValueError, RuntimeError):  # NUL, a link cycle, a name that is too long
             return self.send_error(404)
         host = self.headers.get("Host", "").partition(":")[0]
-        # A foreign site could let its name point to 127.0.0.1, and read the photos.
+        # A foreign site could make its name point to 127.0.0.1 and read the images.
         if host not in ("127.0.0.1", "localhost"):
             return self.send_error(403)
         if not path.is_relative_to(Path(self.directory).resolve()):
             return self.send_error(404)
-        # Folders would be redirected to, by an address that the asker has a hand in.
+        # The base class redirects to folders, to an address that the client partly chooses.
         if not is_file and self.path.partition("?")[0] != "/":
             return self.send_error(404)
         return super().send_head()
@@ -38,14 +38,14 @@ class _PageHandler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, *args: object) -> None:
-        """Say nothing: a page of 96 photos would be 96 lines."""
+        """Print nothing: a page of 96 images would be 96 lines."""
 
 
 def serve_page(folder: Path, port: int = 8000) -> None:
-    """Serve a written page on 127.0.0.1 until Ctrl-C. Port 0 takes any free one.
+    """Serve a written page on 127.0.0.1 until Ctrl-C. Port 0 takes any free port.
 
     Raises:
-        UserError: no page there, or the port cannot be had.
+        UserError: there is no page in `folder`, or the port cannot be used.
     """
     if not (folder / "index.html").is_file():
         raise UserError(f"there is no page in {folder}: write one first")
@@ -57,7 +57,7 @@ def serve_page(folder: Path, port: int = 8000) -> None:
         raise UserError(f"cannot serve on port {port} ({reason}): choose another one") from error
     with server:
         try:
-            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C ends it", flush=True)
+            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C stops it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print()

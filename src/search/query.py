@@ -1,8 +1,8 @@
-"""A text as a query: its words, which of them are known, and each one's share of a score.
+"""Embed a text query, split its scores over its words, and suggest spellings.
 
-A text is the mean of its words' vectors, brought to unit length. A checkpoint's word vectors are
-kept beside the index, so that a text is embedded without its model, and without torch, whose
-import alone takes seconds.
+The embedding of a text is the mean of its word vectors at unit length. The word vectors of a
+checkpoint are stored beside the index, so a text is embedded without the model, and without torch,
+whose import alone takes seconds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NEAR_WORDS = 4
 
 @dataclass
 class WordTable:
-    """What a text query needs of a checkpoint.
+    """The part of a checkpoint that text queries need.
 
     Attributes:
-        checkpoint: fingerprint of the file.
+        checkpoint: fingerprint of the checkpoint file.
         words: V words in the order of their ids, <pad> and <unk> first.
-        context_length: how many words of a text count.
-        args: the training run's arguments, which say where its photos are.
-        vectors: (V, D) float32, each word on its own in the shared space, not normalized.
+        context_length: number of words of a text that are used.
+        args: flags of the training run, which name its image folder.
+        vectors: (V, D) float32, each word in the shared space, not normalized.
     """
 
     checkpoint: str
@@ -45,7 +45,7 @@ class WordTable:
     vectors: np.ndarray
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the parts are not what they should be or do not fit."""
+        """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
                 and isinstance(self.args, dict) and isinstance(self.context_length, int)):
             raise ValueError("values of another type")
@@ -55,22 +55,22 @@ class WordTable:
 
     @property
     def dim(self) -> int:
-        """D, the size of an embedding."""
+        """Return D, the size of an embedding."""
         return self.vectors.shape[1]
 
 
 def load_words(
     folder: Path, checkpoint: Path, load: Callable[[], tuple[DualEncoder, Tokenizer, dict]]
 ) -> WordTable:
-    """The word table of a checkpoint: kept in `folder` since an earlier call, or made now.
+    """Return the word table of a checkpoint: the one stored in `folder`, or a new one.
 
     Args:
-        folder: where the table lies, of one checkpoint at a time.
-        checkpoint: the file of weights.
-        load: what `load_checkpoint` gives of that file; called only if need be.
+        folder: where the table is stored, for one checkpoint at a time.
+        checkpoint: the checkpoint file.
+        load: returns what `load_checkpoint` does; called only for a new table.
 
     Raises:
-        UserError: the checkpoint cannot be read or the table not be written.
+        UserError: the checkpoint cannot be read, or the table cannot be written.
     """
     key = fingerprint(checkpoint)
     try:
@@ -83,7 +83,7 @@ def load_words(
             except FileNotFoundError:
                 pass
             except (ValueError, KeyError) as error:
-                print(f"the word vectors in {folder} are damaged and are made anew "
+                print(f"the word vectors in {folder} are damaged and are built again "
                       f"({printable(str(error))})", file=sys.stderr)
             model, tokenizer, content = load()
             args = {name: value for name, value in content.get("args", {}).items()
@@ -105,10 +105,10 @@ class TextQuery:
     """An embedded text.
 
     Attributes:
-        text: as it was typed.
-        words: its W words, in order, as far as the context length reaches.
-        unknown: the words outside the vocabulary, each once; all of them count as <unk>.
-        embedding: (D,) float32 of unit length.
+        text: the text as typed.
+        words: its W words in order, cut to the context length.
+        unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
+        embedding: (D,) float32 unit vector.
         word_parts: (W, D) float32; their sum is the embedding.
     """
 
@@ -118,20 +118,20 @@ class TextQuery:
     embedding: np.ndarray
     word_parts: np.ndarray
 
-    def shares(self, image_embeddings: np.ndarray) -> np.ndarray:
-        """Each word's share of the scores of K photos: (K, D) -> (K, W); a row sums to the score.
+    def word_contributions(self, image_embeddings: np.ndarray) -> np.ndarray:
+        """Return what each word adds to the scores of K images: (K, D) -> (K, W).
 
-        Exact, not an approximation: a text is the mean of its words' vectors brought to unit
-        length, so its dot product with a photo is a sum over the words.
+        The contributions to an image sum to its score. This is exact: the embedding of a text is
+        a scaled sum of word vectors, so its dot product with an image is a sum over the words.
         """
         return image_embeddings @ self.word_parts.T
 
 
 def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
-    """Embed texts.
+    """Return the embedded texts.
 
     Raises:
-        UserError: a text has no word that the model knows; the message names near spellings.
+        UserError: a text has no known word; the message suggests spellings.
     """
     queries = []
     for text in texts:
@@ -147,7 +147,7 @@ def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
 
 
 def spelling_hints(unknown: list[str], table: WordTable) -> list[str]:
-    """For each unknown word what the vocabulary has that is spelt nearly so."""
+    """Return a hint for each unknown word, with similar words of the vocabulary."""
     hints = []
     for word in unknown:
         near = near_words(word, table.words[2:])
@@ -157,31 +157,30 @@ def spelling_hints(unknown: list[str], table: WordTable) -> list[str]:
 
 
 def near_words(word: str, known: list[str]) -> list[str]:
-    """Up to four known words that an unknown one may have meant; the page's rule, too.
+    """Return up to four known words that an unknown word may stand for; the page does the same.
 
-    First those that it begins, then those one or two mistakes away (one for a word of fewer than
-    five letters, none for a single letter); of each the first in the vocabulary, which is ordered
-    by frequency.
+    First the words that start with it, then those within one edit (words of two to four letters)
+    or two edits (longer words). Ties are in the order of the vocabulary, the most frequent first.
     """
     limit = 0 if len(word) < 2 else 1 if len(word) < 5 else 2
     letters = set(word)
     found = []
-    for place, other in enumerate(known):
+    for position, other in enumerate(known):
         if other.startswith(word):
-            found.append((0, place))
-        # A mistake changes the length by one at most, and the letters that occur by two.
+            found.append((0, position))
+        # One edit changes the length by at most one, and the set of letters by at most two.
         elif (abs(len(other) - len(word)) <= limit
                 and len(letters.symmetric_difference(other)) <= 2 * limit):
             distance = edit_distance(word, other)
             if distance <= limit:
-                found.append((distance, place))
-    return [known[place] for _, place in sorted(found)[:NEAR_WORDS]]
+                found.append((distance, position))
+    return [known[position] for _, position in sorted(found)[:NEAR_WORDS]]
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours that make a of b.
+    """Return the optimal string alignment distance of two words.
 
-    Damerau and Levenshtein's distance where no part is edited twice ("optimal string alignment").
+    It counts insertions, deletions, replacements and swaps of neighbors; no part is edited twice.
     """
     before, row = [], list(range(len(b) + 1))
     for i in range(1, len(a) + 1):

@@ -1,6 +1,6 @@
-"""Bring the index of a folder up to date: embed what is new or changed, drop what is gone.
+"""Bring the index of a folder up to date: embed new and changed images, remove missing ones.
 
-Of several processes, process 0 alone decides what is new, writes and answers; all of them embed.
+With several processes rank 0 finds the new images, writes the index and answers; all ranks embed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from src.search.index import ImageIndex
 from src.utils.errors import UserError, printable
 from src.utils.files import exclusive_lock
 
-if TYPE_CHECKING:  # a search over an index that is up to date needs no model, and no torch
+if TYPE_CHECKING:  # with an index that is up to date no model is needed, and no torch
     from src.models.dual_encoder import DualEncoder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 BATCH_SIZE = 64
-SAVE_SECONDS = 30.0  # at most this much work is lost to a power cut
-PAGE_MARK = b"// Photo search"  # a page's search.js begins so
+SAVE_SECONDS = 30.0  # seconds between saves while embedding
+PAGE_MARK = b"// Photo search"  # how the search.js of a page starts
 
 
 def holds_page(folder: Path) -> bool:
-    """Whether a folder is a page of `src/search/page.py`, whose pictures are copies of others."""
+    """Return whether a folder is a page of `src/search/page.py`, which holds copies of images."""
     try:
         with open(folder / "search.js", "rb") as script:
             return script.read(len(PAGE_MARK)) == PAGE_MARK
@@ -38,14 +38,15 @@ def holds_page(folder: Path) -> bool:
         return False
 
 
-def find_photos(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Every picture file below a folder: relative path -> [bytes, time of change in ns].
+def find_images(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return the image files below a folder.
 
-    Hidden files and folders and this project's pages are left out, and links to folders are not
-    followed, so that the walk ends.
+    Hidden files and folders and search pages are skipped. Links to folders are not followed, so a
+    cycle of links cannot occur.
 
     Returns:
-        the photos, and those that cannot be had: relative path -> reason.
+        the images: relative path -> [size in bytes, modification time in ns]; and the files that
+        cannot be used: relative path -> reason.
 
     Raises:
         UserError: there is no such folder.
@@ -54,10 +55,10 @@ def find_photos(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         raise UserError(f"there is no folder of photos {images}; give one with --images")
     found, unusable, links = {}, {}, []
 
-    def closed(error: OSError) -> None:
+    def skip_folder(error: OSError) -> None:
         unusable[os.path.relpath(error.filename, images)] = error.strerror or str(error)
 
-    for folder, subfolders, files in os.walk(images, onerror=closed):
+    for folder, subfolders, files in os.walk(images, onerror=skip_folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")
                          and not holds_page(Path(folder, name))]
         below = os.path.relpath(folder, images)
@@ -67,11 +68,11 @@ def find_photos(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
             name = file if below == "." else os.path.join(below, file)
             try:
                 status = os.stat(os.path.join(folder, file))
-            except OSError as error:  # a link to nowhere, for one
+            except OSError as error:  # such as a broken link
                 unusable[name] = error.strerror or str(error)
                 continue
             if not stat.S_ISREG(status.st_mode):
-                unusable[name] = "not a regular file"  # reading a pipe would never end
+                unusable[name] = "not a regular file"  # reading a pipe would block
                 continue
             found[name] = [status.st_size, status.st_mtime_ns]
             if os.path.islink(os.path.join(folder, file)):
@@ -81,32 +82,32 @@ def find_photos(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 
         for name in find_escaping_links(images, links):
             del found[name]
-            unusable[name] = "a link that leads out of the folder"
+            unusable[name] = "a link to a file outside the folder"
     return found, unusable
 
 
 def update_index(
     folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder]
 ) -> ImageIndex:
-    """Bring the index in `folder` up to date with the photos below `images`, and return it.
+    """Bring the index in `folder` up to date with the images below `images`, and return it.
 
-    Photos that are new or have changed are embedded, those that are gone are dropped, unreadable
-    ones are named and skipped until they change. Ctrl-C loses nothing that is done.
+    New and changed images are embedded, missing ones are removed, unreadable ones are named and
+    skipped until they change. Ctrl-C keeps what is done.
 
     Args:
-        folder: where the index lies, made if need be.
-        images: folder of photos, searched recursively.
+        folder: where the index is stored, created if missing.
+        images: the image folder, searched recursively.
         checkpoint: fingerprint of the weights.
         dim: D of their embeddings.
-        load_model: gives the model of those weights, in eval mode; called only if a photo is to
-            be embedded.
+        load_model: returns the model of those weights in eval mode; called only if an image has
+            to be embedded.
 
     Raises:
-        UserError: no such folder of photos, none in it, or the index cannot be written.
+        UserError: there is no such folder or no image in it, or the index cannot be written.
     """
     try:
-        with exclusive_lock(folder / "index.lock", f"another search is at the index in {folder}: "
-                            "waiting for it"):
+        with exclusive_lock(folder / "index.lock",
+                            f"another search is updating the index in {folder}; waiting"):
             return _update_locked(folder, images, checkpoint, dim, load_model)
     except OSError as error:
         raise UserError(f"cannot keep the index in {folder}: {error.strerror or error}; choose "
@@ -114,7 +115,7 @@ def update_index(
 
 
 def help_update(load_model: Callable[[], DualEncoder]) -> None:
-    """Embed this process's share of what process 0, which calls `update_index`, finds to be new."""
+    """Embed the part of this rank of the images that `update_index` on rank 0 finds to be new."""
     from src.utils.distributed import broadcast_object
 
     images, new = broadcast_object(None)
@@ -125,13 +126,13 @@ def help_update(load_model: Callable[[], DualEncoder]) -> None:
 def _update_locked(
     folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder]
 ) -> ImageIndex:
-    found, unusable = find_photos(images)
+    found, unusable = find_images(images)
     index = ImageIndex.load(folder, checkpoint, dim)
     current = dict(zip(index.names, index.signatures, strict=True))
     failed = {name: entry for name, entry in index.failed.items() if found.get(name) == entry[1]}
     new = [name for name in sorted(found)
            if current.get(name) != found[name] and name not in failed]
-    if "RANK" in os.environ:  # the other processes wait for their work, also where there is none
+    if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
         from src.utils.distributed import broadcast_object
 
         broadcast_object((images, new))
@@ -149,7 +150,7 @@ def _update_locked(
         for name, reason in sorted(unusable.items()):
             print(printable(f"  {name}: {reason}".replace("\n", " ")), file=sys.stderr)
     if not index.names:
-        raise UserError(f"there is no readable picture in {images}")
+        raise UserError(f"there is no readable image in {images}")
     return index
 
 
@@ -157,10 +158,10 @@ def _embed_new(
     index: ImageIndex, folder: Path, images: Path, new: dict[str, list[int]],
     load_model: Callable[[], DualEncoder],
 ) -> None:
-    """Embed the photos of `new` into the index and save it, now and then and whatever happens."""
+    """Embed the images of `new` into the index, and save it regularly and at the end."""
     names, parts = [], []
 
-    def settle() -> None:
+    def merge_and_save() -> None:
         if parts:
             old = [index.embeddings] if len(index.embeddings) else []
             matrix = np.concatenate([*old, *parts])
@@ -179,23 +180,23 @@ def _embed_new(
         for batch, embeddings, errors in _embedded(images, list(new), load_model):
             names.extend(batch)
             parts.append(embeddings)
-            for name, (reason, may_pass) in errors.items():
-                # Without a signature it is tried again: the disk may have had a bad moment.
-                index.failed[name] = [reason, None if may_pass else new[name]]
+            for name, (reason, may_succeed) in errors.items():
+                # Without a signature the file is tried again next time.
+                index.failed[name] = [reason, None if may_succeed else new[name]]
             if time.monotonic() - saved > SAVE_SECONDS:
-                settle()
+                merge_and_save()
                 saved = time.monotonic()
     finally:
-        settle()
+        merge_and_save()
 
 
 def _embedded(
     images: Path, names: list[str], load_model: Callable[[], DualEncoder]
 ) -> Iterator[tuple[list[str], np.ndarray, dict[str, tuple[str, bool]]]]:
-    """Batches of embedded photos, the next decoding while one is embedded.
+    """Yield batches of embedded images; the next batch is decoded meanwhile.
 
-    Of each batch every process embeds a share, and has in turn what each of them made: names,
-    (B, D), and of unreadable ones the reason and whether it may pass.
+    Each rank embeds its part of a batch, and yields the parts of all ranks: the names, their
+    (B, D) embeddings, and for unreadable images the reason and whether another try may succeed.
     """
     if not names:
         return

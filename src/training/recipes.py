@@ -1,5 +1,8 @@
 """Recipes: named sets of defaults for the training flags; flags on the command line override."""
 
+# Image sizes at which networks were published; a recipe's size is the default of all others.
+IMAGE_SIZES = {"efficientnet-lite1": 240, "efficientnet-lite2": 260}
+
 RECIPES = {
     # Fine-tune everything at one small learning rate, as BERT is fine-tuned.
     "baseline": dict(

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how a script shows it."""
+"""The exception for mistakes of the user, and how a script reports it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake only the user can mend; the message names the cure. Never for our own bugs.
+    """An error that only the user can correct; the message says how. Not for bugs of this code.
 
     Attributes:
-        status: the exit status of the script that it ends.
+        status: exit status of the script.
     """
 
     def __init__(self, message: str, status: int = 2) -> None:
@@ -25,10 +25,10 @@ def print_error(error: UserError) -> None:
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """Run a script's main and exit: 0 or its own status, a UserError's, or 130 for Ctrl-C.
+    """Run the main function of a script and exit with the status that it returns.
 
-    A UserError is one message on standard error; any other exception is ours and keeps its
-    traceback. What the screen's encoding has no character for is printed as its code.
+    A UserError is printed as one message, without a traceback, and gives its own status; Ctrl-C
+    gives 130. Characters that the encoding of standard output lacks are escaped.
     """
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -40,16 +40,16 @@ def run_script(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # whoever read the output has left, such as `| head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
 
 
 def printable(text: str) -> str:
-    """`text` with the characters that could steer a terminal, line ends excepted, as their codes.
+    """Escape all characters of `text` that could control a terminal, except newlines.
 
-    Names of files and rows of caption files are other people's text.
+    File names and caption files are untrusted input.
     """
     if text.isprintable():
         return text

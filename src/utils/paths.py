@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# The model that comes with the repository; its card is next to it.
+PRETRAINED = Path(__file__).parents[1] / "models" / "pretrained" / "dual_encoder.pth"
+
 
 @dataclass(frozen=True)
 class DataPaths:

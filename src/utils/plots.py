@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and a contact sheet of queries with their top photos."""
+"""Plots: the curves of a training run, and contact sheets of queries with their top images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN = "#2f6fde", "#e8743b", "#2a9d62"
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a query in a script that the font lacks is drawn as boxes
+    with warnings.catch_warnings():  # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from|Matplotlib currently does not"
                                 " support .* natively", UserWarning)
         figure.savefig(buffer, format="png", dpi=130, facecolor="white")
@@ -27,7 +27,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(path: Path, log: list[dict]) -> None:
-    """Training loss and validation recall over the epochs of a run's log, as a PNG."""
+    """Plot training loss and validation recall over the epochs of a run's log, as a PNG file."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in log]
@@ -52,21 +52,24 @@ def plot_curves(path: Path, log: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A query with its best photos: pictures (H, W, 3) uint8, a line for each, which one is right.
+    """A query with its top images.
 
-    `query` is text or itself a picture; `right` is the place in `pictures` of the photo that the
-    query was written for, if it is known and among them.
+    Attributes:
+        query: a text, or an image as below.
+        images: (H, W, 3) uint8 each, from the best.
+        labels: a line of text below each image.
+        correct: index in `images` of the image that the query belongs to; None if there is none.
     """
 
     query: str | np.ndarray
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     labels: list[str]
-    right: int | None = None
+    correct: int | None = None
 
 
 def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> None:
-    """Draw one row a query, its photos from the best to the right, as a PNG."""
-    columns = max(len(row.pictures) for row in rows)
+    """Draw each query with its images in a row, the correct one framed, as a PNG file."""
+    columns = max(len(row.images) for row in rows)
     figure = Figure(figsize=(3.0 + 1.75 * columns, 2.05 * len(rows) + (0.5 if title else 0.1)),
                     layout="constrained")
     grid = figure.subplots(len(rows), columns + 1, squeeze=False,
@@ -77,15 +80,15 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
         axes.spines[:].set_visible(False)
     for row, axes in zip(rows, grid, strict=True):
         if isinstance(row.query, str):
-            axes[0].text(0.0, 0.5, _wrapped(row.query), va="center", ha="left", color=INK,
+            axes[0].text(0.0, 0.5, _wrap(row.query), va="center", ha="left", color=INK,
                          fontsize=11, transform=axes[0].transAxes, parse_math=False)
         else:
             axes[0].imshow(row.query)
-        for place, (picture, label) in enumerate(zip(row.pictures, row.labels, strict=True)):
-            cell = axes[place + 1]
-            cell.imshow(picture)
+        for i, (image, label) in enumerate(zip(row.images, row.labels, strict=True)):
+            cell = axes[i + 1]
+            cell.imshow(image)
             cell.set_xlabel(_drawable(label), fontsize=7.5, color=MUTED, parse_math=False)
-            if place == row.right:
+            if i == row.correct:
                 cell.spines[:].set(visible=True, color=GREEN, linewidth=4)
     if title:
         figure.suptitle(_drawable(title), x=0.01, ha="left", color=INK, fontsize=12,
@@ -93,11 +96,11 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
     _save(figure, path)
 
 
-def _wrapped(text: str, width: int = 26, lines: int = 6) -> str:
-    """Break a query into lines that fit its cell."""
+def _wrap(text: str, width: int = 26, lines: int = 6) -> str:
+    """Break a text into lines that fit a cell."""
     return "\n".join(textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …"))
 
 
 def _drawable(text: str) -> str:
-    """The text without what matplotlib refuses: bytes of a file name that are not UTF-8."""
+    """Replace what matplotlib refuses: bytes of a file name that are not UTF-8."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""The door to files of tensors: whole-or-nothing writes, and loading that runs no code."""
+"""Save and load files of tensors: atomic writes, and loading that runs no code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.utils.files import write_atomic
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values with torch.save; whole or not at all, as `write_atomic`."""
+    """Write tensors and plain values with torch.save, atomically; see `write_atomic`."""
     buffer = io.BytesIO()
     if any(tensor.device.type != "cpu" for tensor in _tensors_of(content)):
         content = _to_cpu(content)  # so that torch.load works on a machine without that device
@@ -34,60 +34,56 @@ def _to_cpu(value: Any) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Read a file of tensors and plain values onto the CPU. Code in the file is never run.
+    """Load a file of tensors and plain values to the CPU, without running any code in it.
 
     Raises:
-        UserError: no such file, cut short, not such a file, or one that asks to run code or for
-            more memory than the file is long.
+        UserError: the file does not exist, is damaged or of another kind, contains code, or would
+            take more memory than its size.
     """
-    _refuse_packed(path)
+    _refuse_compressed(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles; they are refused below, or harmless
+            warnings.simplefilter("ignore")  # odd pickles are refused below, or harmless
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not a file") from error
-    except Exception as error:  # torch raises anything at all on bytes that it did not write
+    except Exception as error:  # torch raises many types on damaged files
         raise UserError(
-            f"{path} cannot be read as a file of tensors: cut short, of another kind, or made to "
-            "run code on loading"
+            f"{path} cannot be read as a file of tensors: it is incomplete, of another kind, or "
+            "would run code on loading"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
     size = path.stat().st_size
-    for tensor in _tensors_of(content):  # views that repeat one number cost a file nothing
+    for tensor in _tensors_of(content):  # a view that repeats one number is a small file
         if tensor.numel() * tensor.element_size() > size:
-            raise UserError(f"{path} has {size:,} bytes and holds a tensor of {tensor.numel():,} "
-                            "numbers: it is not a file that this project wrote")
+            raise UserError(f"{path} has {size:,} bytes but holds a tensor of {tensor.numel():,} "
+                            "elements: this project did not write it")
     return content
 
 
 def _tensors_of(content: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """All tensors in a tree of plain values, which may be deep, or hold itself."""
-    waiting, seen = [content], set()
-    while waiting:
-        value = waiting.pop()
+    """Yield all tensors in nested plain values, which may be deep or contain themselves."""
+    pending, seen = [content], set()
+    while pending:
+        value = pending.pop()
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
+            pending += value.values() if isinstance(value, dict) else value
 
 
-def _refuse_packed(path: Path) -> None:
-    """Refuse an archive that unpacks to more than its own size: torch writes none, bombs are such.
-
-    Raises:
-        UserError: `path` is one.
-    """
+def _refuse_compressed(path: Path) -> None:
+    """Raise a UserError for a compressed archive: torch writes none, and it could be a zip bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # no archive, or a broken one, of which zipfile says anything at all
+    except Exception:  # not an archive, or a damaged one: many exception types
         return
     size = path.stat().st_size
     if unpacked > size:
-        raise UserError(f"{path} has {size:,} bytes and unpacks to {unpacked:,}: "
-                        "it is not a file that this project wrote")
+        raise UserError(f"{path} has {size:,} bytes but unpacks to {unpacked:,}: "
+                        "this project did not write it")

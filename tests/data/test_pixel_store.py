@@ -1,4 +1,4 @@
-"""The store that keeps each decoded photo: once, whole, and whatever happens to the machine."""
+"""The pixel store: every image decoded once, also after interruptions and damage."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from src.data.images import load_resized, write_image
 from src.data.pixel_store import PixelStore, store_size
 from src.utils.errors import UserError
 from src.utils.files import exclusive_lock
+from tests.stress.bad_input import swapped_profile
 
 
 def noise(height: int = 12, width: int = 16, seed: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8."""
+    """Return (H, W, 3) uint8."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.fixture()
-def photos(tmp_path: Path) -> Path:
-    """Ten photos and one file that is none."""
-    folder = tmp_path / "photos"
+def images(tmp_path: Path) -> Path:
+    """Return a folder of ten images and a file that is not an image."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(10):
         write_image(folder / f"{i}.png", noise(seed=i))
@@ -44,7 +45,7 @@ NAMES = [f"{i}.png" for i in range(10)] + ["bad.png"]
 
 @pytest.fixture()
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were decoded, in order."""
+    """Return the list of decoded files, in order."""
     names: list[str] = []
 
     def counted(path: Path, size: int) -> np.ndarray:
@@ -55,46 +56,46 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def check(store: PixelStore, photos: Path, names: list[str], size: int = 9) -> None:
-    """Every readable photo's row is what decoding it gives; every other one is in failed."""
+def check(store: PixelStore, images: Path, names: list[str], size: int = 9) -> None:
+    """Check that every readable image has its decoded pixels, and that the other is in failed."""
     good = [name for name in names if name != "bad.png"]
     assert sorted(store.rows) == sorted(good) and len(set(store.rows.values())) == len(good)
     assert list(store.failed) == [name for name in names if name == "bad.png"]
     for name in good:
         np.testing.assert_array_equal(store.pixels[store.rows[name]],
-                                      load_resized(photos / name, size))
+                                      load_resized(images / name, size))
 
 
-def test_store_holds_every_photo_decoded_once(
-    tmp_path: Path, photos: Path, decoded: list[str]
+def test_every_image_is_decoded_once(
+    tmp_path: Path, images: Path, decoded: list[str]
 ) -> None:
-    """Rows are the decoded squares; a second build, and one of a part, decode nothing."""
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    """Rows are the decoded squares; a second build decodes nothing."""
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert sorted(decoded) == sorted(NAMES)
-    check(PixelStore.build(tmp_path / "s", photos, NAMES[::-1], 9), photos, NAMES[::-1])
-    check(PixelStore.build(tmp_path / "s", photos, NAMES[:3], 9), photos, NAMES[:3])
+    check(PixelStore.build(tmp_path / "s", images, NAMES[::-1], 9), images, NAMES[::-1])
+    check(PixelStore.build(tmp_path / "s", images, NAMES[:3], 9), images, NAMES[:3])
     assert len(decoded) == len(NAMES)
 
 
-def test_changed_and_new_photos_are_decoded(
-    tmp_path: Path, photos: Path, decoded: list[str]
+def test_changed_and_new_images_are_decoded(
+    tmp_path: Path, images: Path, decoded: list[str]
 ) -> None:
-    """Only what is new or has changed is read again, a mended file among it."""
-    PixelStore.build(tmp_path / "s", photos, NAMES[:9], 9)
+    """Only new and changed images are decoded, also a repaired one."""
+    PixelStore.build(tmp_path / "s", images, NAMES[:9], 9)
     decoded.clear()
-    write_image(photos / "3.png", noise(20, 20, seed=99))
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    write_image(images / "3.png", noise(20, 20, seed=99))
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert sorted(decoded) == ["3.png", "9.png", "bad.png"]
     decoded.clear()
-    write_image(photos / "bad.png", noise(seed=5))
-    assert PixelStore.build(tmp_path / "s", photos, NAMES, 9).failed == {}
+    write_image(images / "bad.png", noise(seed=5))
+    assert PixelStore.build(tmp_path / "s", images, NAMES, 9).failed == {}
     assert decoded == ["bad.png"]
 
 
-def test_an_interrupted_build_goes_on(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_build_is_continued(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after some chunks, the next build decodes the rest and ends with the same rows."""
+    """After an interruption the next build decodes only the rest."""
     monkeypatch.setattr(src.data.pixel_store, "CHUNK", 3)
     names: list[str] = []
 
@@ -106,32 +107,30 @@ def test_an_interrupted_build_goes_on(
 
     monkeypatch.setattr(src.data.pixel_store, "load_resized", stops)
     with pytest.raises(KeyboardInterrupt):
-        PixelStore.build(tmp_path / "s", photos, NAMES, 9, workers=1)
+        PixelStore.build(tmp_path / "s", images, NAMES, 9, workers=1)
     names.clear()
     names.append("7.png")
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9, workers=1), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9, workers=1), images, NAMES)
     assert set(names) == set(NAMES[6:])
 
 
 @pytest.mark.parametrize("lost", [0, 9 * 9 * 3 * 2])
-def test_a_store_that_lost_its_pixels_gives_no_wrong_ones(
-    tmp_path: Path, photos: Path, lost: int
+def test_a_truncated_data_file_gives_no_wrong_pixels(
+    tmp_path: Path, images: Path, lost: int
 ) -> None:
-    """The data file deleted or cut, then filled again by a part of the photos: old lines of the
-    journal must not take the new rows for theirs."""
-    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    """After the data file was cut, old journal lines do not claim new rows."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
     os.truncate(tmp_path / "s" / "pixels_9.uint8", lost)
-    check(PixelStore.build(tmp_path / "s", photos, NAMES[5:], 9), photos, NAMES[5:])
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES[5:], 9), images, NAMES[5:])
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
 
 
-def test_a_photo_that_changed_is_not_believed_half_decoded(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_pixels_without_a_journal_line_are_decoded_again(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between the new pixels and their journal line, and the old photo put back: its row
-    holds the other pixels, and is decoded again."""
-    path, store = photos / "3.png", tmp_path / "s"
-    PixelStore.build(store, photos, NAMES, 9)
+    """Stopped between pixels and journal line, the image is decoded again."""
+    path, store = images / "3.png", tmp_path / "s"
+    PixelStore.build(store, images, NAMES, 9)
     old, times = path.read_bytes(), path.stat()
     write_image(path, noise(seed=99))
     write, written = os.pwrite, []
@@ -141,18 +140,19 @@ def test_a_photo_that_changed_is_not_believed_half_decoded(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(src.data.pixel_store.os, "pwrite", lambda *args: written.append(1) or write(*args))
+        patch.setattr(src.data.pixel_store.os, "pwrite",
+                      lambda *args: written.append(1) or write(*args))
         patch.setattr(src.data.pixel_store.os, "fsync", stop_after_pixels)
-        PixelStore.build(store, photos, NAMES, 9)
+        PixelStore.build(store, images, NAMES, 9)
     path.write_bytes(old)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    check(PixelStore.build(store, photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(store, images, NAMES, 9), images, NAMES)
 
 
-def test_the_journal_vouches_only_for_pixels_on_the_disk(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_pixels_are_flushed_before_the_journal(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Power may go at any moment: no line is in the journal before its pixels are flushed."""
+    """No journal line is written before its pixels are flushed."""
     data, journal = tmp_path / "s" / "pixels_9.uint8", tmp_path / "s" / "pixels_9.jsonl"
     write, fsync, written, flushed = os.pwrite, os.fsync, [], [0]
 
@@ -170,7 +170,7 @@ def test_the_journal_vouches_only_for_pixels_on_the_disk(
     monkeypatch.setattr(src.data.pixel_store, "CHUNK", 3)
     monkeypatch.setattr(src.data.pixel_store.os, "pwrite", counting_write)
     monkeypatch.setattr(src.data.pixel_store.os, "fsync", checking_fsync)
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert flushed[0] == 0 and flushed[-1] == 11 and len(flushed) == 5
 
 
@@ -181,98 +181,98 @@ def test_the_journal_vouches_only_for_pixels_on_the_disk(
     '{"name": ["0.png"], "row": 1, "signature": [], "error": ""}',
     '{"name": "0.png", "row": 99, "signature": [], "error": ""}',
 ])
-def test_a_damaged_journal_line_does_no_harm(tmp_path: Path, photos: Path, line: str) -> None:
-    """Whatever a power cut left in the journal, the store is whole."""
-    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+def test_a_damaged_journal_line_does_no_harm(tmp_path: Path, images: Path, line: str) -> None:
+    """Whatever a damaged journal line holds, the store is correct."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
     with open(tmp_path / "s" / "pixels_9.jsonl", "a", encoding="utf-8") as file:
         file.write(line)
     for names in (NAMES[:4], NAMES):
-        check(PixelStore.build(tmp_path / "s", photos, names, 9), photos, names)
+        check(PixelStore.build(tmp_path / "s", images, names, 9), images, names)
 
 
 @pytest.mark.parametrize("cut", [2, 40, 200])
-def test_a_half_written_journal_costs_only_its_last_lines(
-    tmp_path: Path, photos: Path, decoded: list[str], cut: int
+def test_a_truncated_journal_loses_only_its_last_lines(
+    tmp_path: Path, images: Path, decoded: list[str], cut: int
 ) -> None:
-    """Lines that were cut off are decoded again and the store is whole."""
-    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    """Only images of lost journal lines are decoded again."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
     journal = tmp_path / "s" / "pixels_9.jsonl"
     journal.write_bytes(journal.read_bytes()[:-cut])
     decoded.clear()
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert 1 <= len(decoded) <= 4
     for line in filter(None, journal.read_text().split("\n")[-len(decoded) - 1:]):
         json.loads(line)
 
 
-def test_rows_that_the_data_file_lost_are_decoded_again(
-    tmp_path: Path, photos: Path, decoded: list[str]
+def test_lost_rows_are_decoded_again(
+    tmp_path: Path, images: Path, decoded: list[str]
 ) -> None:
-    """A data file shorter than the journal says is not believed."""
-    PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+    """If the data file is shorter than the journal says, lost rows are decoded again."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
     data = tmp_path / "s" / "pixels_9.uint8"
     data.write_bytes(data.read_bytes()[: 9 * 9 * 3 * 4 + 10])
     decoded.clear()
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert len(decoded) == len(NAMES) - 4
 
 
-def test_disk_use_is_told_and_too_little_refused(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_disk_use_is_printed_and_checked(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The size stands on the screen beforehand; without the room nothing is written."""
-    monkeypatch.setattr(src.data.pixel_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    """The size is printed first; without enough space nothing is written."""
+    monkeypatch.setattr(src.data.pixel_store.shutil, "disk_usage",
+                        lambda _: SimpleNamespace(free=100))
     with pytest.raises(UserError, match="--cache-dir"):
-        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
-    assert "11 photos" in capsys.readouterr().out
+        PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    assert "11 images" in capsys.readouterr().out
     assert not (tmp_path / "s" / "pixels_9.uint8").exists()
 
 
-def test_a_disk_that_fills_up_costs_nothing_that_was_done(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_write_is_continued(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that fails is the user's to mend, and the next build goes on to the same end."""
+    """After a failed write the next build continues."""
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    PixelStore.build(tmp_path / "s", photos, NAMES[:4], 9)
+    PixelStore.build(tmp_path / "s", images, NAMES[:4], 9)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr(src.data.pixel_store.os, "pwrite", full)
-        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+        PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
 
 
-def test_a_full_disk_costs_nothing_that_was_done(
-    tmp_path: Path, photos: Path, small_disk: Path, decoded: list[str],
+def test_a_full_disk_keeps_finished_rows(
+    tmp_path: Path, images: Path, small_disk: Path, decoded: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same on a real disk that is full: the bytes needed are told, earlier rows are whole, and
-    with the room the next build goes on to the end."""
-    PixelStore.build(small_disk / "s", photos, NAMES[:4], 200)
+    """On a disk that is really full, finished rows are kept, and a later build continues."""
+    PixelStore.build(small_disk / "s", images, NAMES[:4], 200)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="1,320,000 b.*No space"):
-        patch.setattr(src.data.pixel_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-        PixelStore.build(small_disk / "s", photos, NAMES, 200)
-    with pytest.raises(UserError, match=r"need [\d,]+ bytes more"):  # told beforehand
-        PixelStore.build(small_disk / "s", photos, NAMES, 200)
+        patch.setattr(src.data.pixel_store.shutil, "disk_usage",
+                      lambda _: SimpleNamespace(free=10**9))
+        PixelStore.build(small_disk / "s", images, NAMES, 200)
+    with pytest.raises(UserError, match=r"need [\d,]+ more bytes"):  # before anything is written
+        PixelStore.build(small_disk / "s", images, NAMES, 200)
     decoded.clear()
-    check(PixelStore.build(small_disk / "s", photos, NAMES[:4], 200), photos, NAMES[:4], 200)
+    check(PixelStore.build(small_disk / "s", images, NAMES[:4], 200), images, NAMES[:4], 200)
     assert decoded == []
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
-    check(PixelStore.build(small_disk / "s", photos, NAMES, 200), photos, NAMES, 200)
+    check(PixelStore.build(small_disk / "s", images, NAMES, 200), images, NAMES, 200)
 
 
-def test_a_read_only_folder_is_told(photos: Path, small_disk: Path) -> None:
-    """Where nothing can be written, the message says how to choose another place."""
+def test_a_read_only_folder_is_an_error(images: Path, small_disk: Path) -> None:
+    """The message names the flag for another folder."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="Read-only.*--cache-dir"):
-        PixelStore.build(small_disk / "s", photos, NAMES, 9)
+        PixelStore.build(small_disk / "s", images, NAMES, 9)
 
 
-def test_a_failing_disk_is_not_remembered(
-    tmp_path: Path, photos: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+def test_read_errors_are_tried_again(
+    tmp_path: Path, images: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A photo that the disk did not give is failed this time and tried again the next; what is no
-    picture is not tried again until it changes."""
+    """A read error is tried again next time; a broken image is not."""
     opens = Image.open
 
     def fails(path: Path, *args: object) -> Image.Image:
@@ -283,79 +283,79 @@ def test_a_failing_disk_is_not_remembered(
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", fails)
         for _ in range(2):
-            store = PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+            store = PixelStore.build(tmp_path / "s", images, NAMES, 9)
             assert list(store.failed) == ["2.png", "9.png", "bad.png"]
             assert store.failed["9.png"] == os.strerror(errno.EIO)
             good = [name for name in NAMES[:10] if name not in store.failed]
             assert sorted(store.rows) == good
     decoded.clear()
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
     assert sorted(decoded) == ["2.png", "9.png"]
 
 
-def test_a_folder_named_as_a_photo_is_failed(tmp_path: Path, photos: Path) -> None:
-    """It is named with a reason, and the rest is whole."""
-    (photos / "folder.png").mkdir()
-    store = PixelStore.build(tmp_path / "s", photos, [*NAMES, "folder.png"], 9)
+def test_a_folder_named_like_an_image_fails(tmp_path: Path, images: Path) -> None:
+    """It fails with a reason, and the other images are decoded."""
+    (images / "folder.png").mkdir()
+    store = PixelStore.build(tmp_path / "s", images, [*NAMES, "folder.png"], 9)
     assert store.failed["folder.png"] == os.strerror(errno.EISDIR) and len(store.rows) == 10
 
 
-def test_links_out_of_the_folder_are_failed(
-    tmp_path: Path, photos: Path, decoded: list[str]
+def test_links_to_outside_fail(
+    tmp_path: Path, images: Path, decoded: list[str]
 ) -> None:
-    """They are named, and hold no other file's pixels; a link within the folder is a photo."""
-    (tmp_path / "private.png").write_bytes((photos / "1.png").read_bytes())
-    (photos / "0.png").unlink()
-    (photos / "0.png").symlink_to(tmp_path / "private.png")
-    (photos / "2.png").unlink()
-    (photos / "2.png").symlink_to("3.png")
+    """Links to outside fail and have no pixels; links within the folder are images."""
+    (tmp_path / "private.png").write_bytes((images / "1.png").read_bytes())
+    (images / "0.png").unlink()
+    (images / "0.png").symlink_to(tmp_path / "private.png")
+    (images / "2.png").unlink()
+    (images / "2.png").symlink_to("3.png")
     for _ in range(2):
-        store = PixelStore.build(tmp_path / "s", photos, NAMES[:10], 9)
+        store = PixelStore.build(tmp_path / "s", images, NAMES[:10], 9)
         assert list(store.failed) == ["0.png"] and "link" in store.failed["0.png"]
         assert "0.png" not in decoded and sorted(store.rows) == NAMES[1:10]
         for name in store.rows:
             np.testing.assert_array_equal(store.pixels[store.rows[name]],
-                                          load_resized(photos / name, 9))
-    (photos / "0.png").unlink()
-    write_image(photos / "0.png", noise(seed=7))
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+                                          load_resized(images / name, 9))
+    (images / "0.png").unlink()
+    write_image(images / "0.png", noise(seed=7))
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
 
 
 @pytest.mark.parametrize("name", ["pixels_9.uint8", "pixels_9.lock", ".pixels_9.jsonl.tmp"])
-def test_nothing_is_written_through_a_link(tmp_path: Path, photos: Path, name: str) -> None:
-    """The store lies beside the photos, so a stranger's archive may bring such a link along."""
+def test_nothing_is_written_through_a_link(tmp_path: Path, images: Path, name: str) -> None:
+    """A dataset may bring links in the place of our files: they are not followed."""
     (tmp_path / "private").write_text("mine")
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / name).symlink_to(tmp_path / "private")
     with pytest.raises(UserError):
-        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+        PixelStore.build(tmp_path / "s", images, NAMES, 9)
     assert (tmp_path / "private").read_text() == "mine"
 
 
-def test_a_second_build_waits_and_says_so(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_build_waits(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one run decodes, another waits for it, tells, and then has nothing left to do."""
+    """A second build waits for the first one, and then decodes nothing."""
     waiting = threading.Event()
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(
         write=lambda text: waiting.set() if "another run is decoding" in text else None,
         flush=lambda: None))
     with ThreadPoolExecutor(1) as pool:
         with exclusive_lock(tmp_path / "s" / "pixels_9.lock"):
-            second = pool.submit(PixelStore.build, tmp_path / "s", photos, NAMES, 9)
+            second = pool.submit(PixelStore.build, tmp_path / "s", images, NAMES, 9)
             assert waiting.wait(60) and not second.done()
             assert not (tmp_path / "s" / "pixels_9.uint8").exists()
-        check(second.result(60), photos, NAMES)
+        check(second.result(60), images, NAMES)
 
 
-# Run by a process of its own, which forks: the k-th child goes on with a copy of the store and ends
-# itself by SIGKILL at its k-th call of the system, until one gets to the end.
+# Run in a separate process, which forks: the k-th child continues a copy of the store and kills
+# itself at its k-th system call, until one child finishes.
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import src.data.pixel_store
 src.data.pixel_store.CHUNK = 3
-start, photos, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+start, images, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 
 def build(store, last_call):
     calls = [0]
@@ -368,7 +368,7 @@ def build(store, last_call):
         return call
     for name in ("pwrite", "fsync", "replace", "open"):
         setattr(os, name, counted(getattr(os, name)))
-    src.data.pixel_store.PixelStore.build(store, photos, names, 9)
+    src.data.pixel_store.PixelStore.build(store, images, names, 9)
     os._exit(0)
 
 for last_call in range(1, 1000):
@@ -383,29 +383,28 @@ for last_call in range(1, 1000):
 
 
 @pytest.mark.parametrize("before", [0, 5])
-def test_a_store_survives_a_kill_at_every_call(tmp_path: Path, photos: Path, before: int) -> None:
-    """Killed at the first, the second, ... call of the system, a new store and one with photos in
-    it go on to the same end, and nothing else is left in the folder."""
-    PixelStore.build(tmp_path / "s", photos, NAMES[:before], 9)
-    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "s", photos, *NAMES],
+def test_a_store_survives_a_kill_at_every_call(tmp_path: Path, images: Path, before: int) -> None:
+    """Killed at any system call, the next build ends with the same store."""
+    PixelStore.build(tmp_path / "s", images, NAMES[:before], 9)
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "s", images, *NAMES],
                          capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
     stores = list(tmp_path.glob("killed-*"))
     assert len(stores) > 15
     for store in stores:
-        check(PixelStore.build(store, photos, NAMES, 9), photos, NAMES)
+        check(PixelStore.build(store, images, NAMES, 9), images, NAMES)
         assert {path.name for path in store.iterdir()} == {
             "pixels_9.lock", "pixels_9.uint8", "pixels_9.jsonl"}
 
 
-def test_rows_written_in_pieces_are_whole(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_short_writes_are_continued(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system may take fewer bytes at once than it is given."""
+    """Short writes are continued."""
     write = os.pwrite
     monkeypatch.setattr(src.data.pixel_store.os, "pwrite",
                         lambda file, data, offset: write(file, data[:50], offset))
-    check(PixelStore.build(tmp_path / "s", photos, NAMES, 9), photos, NAMES)
+    check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
 
 
 @pytest.mark.parametrize("name", [
@@ -413,38 +412,79 @@ def test_rows_written_in_pieces_are_whole(
     "sub/folder/a.png",
 ])
 def test_names_of_every_kind_are_kept(
-    tmp_path: Path, photos: Path, decoded: list[str], name: str
+    tmp_path: Path, images: Path, decoded: list[str], name: str
 ) -> None:
-    """The journal tells apart and finds again whatever a file may be called."""
-    (photos / name).parent.mkdir(parents=True, exist_ok=True)
-    (photos / "0.png").rename(photos / name)
+    """The journal distinguishes and finds any file name."""
+    (images / name).parent.mkdir(parents=True, exist_ok=True)
+    (images / "0.png").rename(images / name)
     for _ in range(2):
-        check(PixelStore.build(tmp_path / "s", photos, [name, "1.png"], 9), photos, [name, "1.png"])
+        check(PixelStore.build(tmp_path / "s", images, [name, "1.png"], 9), images, [name, "1.png"])
     assert len(decoded) == 2
 
 
-def test_a_lost_photo_is_failed_and_others_stay(
-    tmp_path: Path, photos: Path, decoded: list[str]
+def test_a_deleted_image_fails_and_others_stay(
+    tmp_path: Path, images: Path, decoded: list[str]
 ) -> None:
-    """A file deleted after a build is told as missing; nothing else is decoded."""
-    PixelStore.build(tmp_path / "s", photos, NAMES[:9], 9)
+    """A deleted file fails as missing; nothing else is decoded."""
+    PixelStore.build(tmp_path / "s", images, NAMES[:9], 9)
     decoded.clear()
-    (photos / "3.png").unlink()
-    store = PixelStore.build(tmp_path / "s", photos, NAMES[:9], 9)
+    (images / "3.png").unlink()
+    store = PixelStore.build(tmp_path / "s", images, NAMES[:9], 9)
     assert decoded == ["3.png"] and list(store.failed) == ["3.png"]
     assert "No such file" in store.failed["3.png"]
     kept = [name for name in NAMES[:9] if name != "3.png"]
-    check(PixelStore.build(tmp_path / "s", photos, kept, 9), photos, kept)
+    check(PixelStore.build(tmp_path / "s", images, kept, 9), images, kept)
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path: Path, photos: Path) -> None:
-    """A file where the store should lie is the user's to mend."""
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path, images: Path) -> None:
+    """A file in the place of the folder is a user error."""
     (tmp_path / "s").write_text("in the way")
     with pytest.raises(UserError, match="cannot keep decoded pixels"):
-        PixelStore.build(tmp_path / "s", photos, NAMES, 9)
+        PixelStore.build(tmp_path / "s", images, NAMES, 9)
 
 
 def test_the_store_is_a_little_larger_than_the_input() -> None:
-    """There is room for a random crop, at most a tenth."""
+    """The store has a margin for random crops of at most a tenth."""
     for size in (32, 64, 128, 224, 600):
         assert size < store_size(size) <= 1.1 * size
+
+
+def test_images_that_the_decoder_changes_are_decoded_again(
+    tmp_path: Path, images: Path, decoded: list[str]
+) -> None:
+    """In a store of the first version only failures and images with a profile are decoded."""
+    write_image(images / "0.png", noise(seed=0))
+    with Image.open(images / "1.png") as image:
+        image.save(images / "1.png", icc_profile=swapped_profile())
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    journal = tmp_path / "s" / "pixels_9.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in entries:
+        del entry["decoder"]  # as the first version wrote it
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    decoded.clear()
+    for _ in range(2):
+        check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
+        assert sorted(decoded) == ["1.png", "bad.png"]
+
+
+def test_a_failure_is_forgotten_when_the_reader_changes(
+    tmp_path: Path, images: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of Pillow tries unreadable images once more, and no others."""
+    PixelStore.build(tmp_path / "s", images, NAMES, 9)
+    monkeypatch.setattr(src.data.pixel_store, "reader_version", lambda: "another")
+    decoded.clear()
+    for _ in range(2):
+        check(PixelStore.build(tmp_path / "s", images, NAMES, 9), images, NAMES)
+        assert decoded == ["bad.png"]
+
+
+def test_links_to_outside_are_followed_if_asked(tmp_path: Path, images: Path) -> None:
+    """With follow_links a folder of links to a blob store has the pixels of the blobs."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in NAMES:
+        (links / name).symlink_to(images / name)
+    assert PixelStore.build(tmp_path / "s", links, NAMES, 9).rows == {}
+    check(PixelStore.build(tmp_path / "s", links, NAMES, 9, follow_links=True), images, NAMES)

@@ -28,7 +28,7 @@ from tests.stress.bad_input import (
     REJECTED,
     UNREADABLE,
     other_files,
-    write_world,
+    write_odd_dataset,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ class World:
     """The odd world, read once."""
 
     def __init__(self, folder: Path) -> None:
-        self.images, self.annotations, outcomes, self.bad_captions = write_world(folder)
+        self.images, self.annotations, outcomes, self.bad_captions = write_odd_dataset(folder)
         self.outcomes = {str(PurePosixPath(name)) if "/" in name else name: outcome
                          for name, outcome in outcomes.items()}
         self.source = scan_dataset(self.images, self.annotations, 0.2, seed=0)

@@ -1,4 +1,4 @@
-"""The demo's world: what its captions say is what its pictures show."""
+"""The demo dataset: its captions say what its images show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.data.captions import ImageRecord, read_annotations
 from src.data.source import split_by_image
 from src.utils.errors import UserError
 
-# Where each color's name ends on the circle of hues, in degrees.
+# The upper end of each color on the circle of hues, in degrees.
 HUES = {"red": 15, "orange": 39, "yellow": 70, "green": 155, "turquoise": 199, "blue": 245,
         "purple": 295, "pink": 345}
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
@@ -24,8 +24,8 @@ FIRST_IS = {"above": (0, 1), "over": (0, 1), "at the top and": (0, 1), "below": 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred pictures: two rounds of the queries' own, the rest by chance."""
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred images: two for each query, the others random."""
     folder = tmp_path_factory.mktemp("demo")
     demo.make_demo_dataset(folder, 100)
     return folder
@@ -38,25 +38,25 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def described(world: Path) -> list[tuple[dict[str, np.ndarray], tuple[str, ...]]]:
-    """For each picture the masks of its colors, and its captions."""
-    records = read_annotations(world / "annotations" / "annotations.csv").records
-    return [(colour_masks(world / "images" / record.name), record.captions) for record in records]
+def described(dataset: Path) -> list[tuple[dict[str, np.ndarray], tuple[str, ...]]]:
+    """For each image the masks of its colors, and its captions."""
+    records = read_annotations(dataset / "annotations" / "annotations.csv").records
+    return [(color_masks(dataset / "images" / record.name), record.captions) for record in records]
 
 
-def colour_masks(path: Path) -> dict[str, np.ndarray]:
-    """Where each named color stands: name -> (H, W) bool. No ground has so much saturation."""
+def color_masks(path: Path) -> dict[str, np.ndarray]:
+    """Where each named color is: name -> (H, W) bool. Backgrounds have less saturation."""
     hue, saturation, value = np.moveaxis(np.asarray(Image.open(path).convert("HSV")), -1, 0)
-    # Past the last end the circle of hues begins again.
+    # The circle of hues begins again after its last color.
     name = np.searchsorted(list(HUES.values()), hue * (360 / 256), side="right") % len(HUES)
     strong = (saturation > 100) & (value > 100)
     masks = {color: strong & (name == i) for i, color in enumerate(HUES)}
-    # A few pixels may be of a color between a shape's and its ground's.
+    # On an edge a few pixels may have a color between those of shape and background.
     return {color: mask for color, mask in masks.items() if mask.sum() > 60}
 
 
 def blob_areas(mask: np.ndarray) -> list[int]:
-    """Pixels of each connected part of a mask, crumbs left out; half the rows and columns do."""
+    """Pixels of each connected part of a mask, without tiny ones; every second row and column."""
     left, areas = set(map(tuple, np.argwhere(mask[::2, ::2]).tolist())), []
     while left:
         stack, area = [left.pop()], 0
@@ -70,8 +70,8 @@ def blob_areas(mask: np.ndarray) -> list[int]:
     return [area for area in areas if area > 30]
 
 
-def test_a_seed_draws_the_same_bytes_again_and_another_seed_others(tmp_path: Path) -> None:
-    """The world is a function of its seed."""
+def test_the_dataset_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    """The same seed writes the same bytes, another seed others."""
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         demo.make_demo_dataset(tmp_path / name, 8, seed)
     one, same, other = (content(tmp_path / name) for name in ("one", "same", "other"))
@@ -80,34 +80,34 @@ def test_a_seed_draws_the_same_bytes_again_and_another_seed_others(tmp_path: Pat
     assert not any(one[name] == other[name] for name in one)
 
 
-def test_a_larger_world_begins_with_the_smaller_one(tmp_path: Path, world: Path) -> None:
-    """Picture and captions i do not depend on the number of pictures."""
+def test_a_larger_dataset_begins_with_the_smaller_one(tmp_path: Path, dataset: Path) -> None:
+    """Image and captions i do not depend on the number of images."""
     demo.make_demo_dataset(tmp_path, 9)
-    small, large = content(tmp_path), content(world)
+    small, large = content(tmp_path), content(dataset)
     rows, more_rows = (files["annotations/annotations.csv"] for files in (small, large))
     assert len(rows.splitlines()) == 1 + 9 * 5
     assert more_rows.startswith(rows)
-    pictures = [name for name in small if name.endswith(".png")]
-    assert len(pictures) == 9
-    assert all(small[name] == large[name] for name in pictures)
+    images = [name for name in small if name.endswith(".png")]
+    assert len(images) == 9
+    assert all(small[name] == large[name] for name in images)
 
 
-def test_the_layout_is_that_of_flickr30k(world: Path) -> None:
-    """Five different captions, numbered from 0, for each RGB picture and for no other."""
-    rows = (world / "annotations" / "annotations.csv").read_text().splitlines()
+def test_the_layout_is_that_of_flickr30k(dataset: Path) -> None:
+    """Each RGB image, and nothing else, has five different captions, numbered from 0."""
+    rows = (dataset / "annotations" / "annotations.csv").read_text().splitlines()
     assert rows[0] == "image_name| comment_number| comment"
     assert [row.split("| ")[1] for row in rows[1:]] == list("01234") * 100
-    read = read_annotations(world / "annotations" / "annotations.csv")
+    read = read_annotations(dataset / "annotations" / "annotations.csv")
     assert (read.format, read.rejected, read.fixed) == ("results.csv", [], [])
     assert [record.name for record in read.records] == sorted(
-        path.name for path in (world / "images").iterdir())
+        path.name for path in (dataset / "images").iterdir())
     assert all(len(set(record.captions)) == 5 for record in read.records)
     for record in read.records:
-        with Image.open(world / "images" / record.name) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (demo.SIDE, demo.SIDE))
+        with Image.open(dataset / "images" / record.name) as image:
+            assert (image.mode, image.size) == ("RGB", (demo.SIDE, demo.SIDE))
 
 
-def test_captions_name_the_colours_that_are_drawn(described: list) -> None:
+def test_captions_name_the_colors_that_are_drawn(described: list) -> None:
     """The colors named in each caption are those of the pixels, no more and no fewer."""
     seen = set()
     for masks, captions in described:
@@ -134,24 +134,24 @@ def test_captions_count_and_size_the_shapes_that_are_drawn(described: list) -> N
     assert checked == {*NUMBERS, "large", "big", "small", "little", ""}
 
 
-def test_captions_tell_which_shape_stands_where(described: list) -> None:
-    """'a red … above a blue …': the red pixels' middle is higher than the blue ones'."""
+def test_captions_say_how_a_pair_is_arranged(described: list) -> None:
+    """'a red … above a blue …': the center of the red pixels is above that of the blue ones."""
     color = f"({'|'.join(HUES)})"
     relation = "|".join(FIRST_IS)
     phrase = re.compile(rf"{color} \w+ (?:is )?({relation}) an? (?:\w+ )?{color} ")
     checked = set()
     for masks, captions in described:
-        middles = {name: np.argwhere(mask).mean(axis=0) for name, mask in masks.items()}
+        centers = {name: np.argwhere(mask).mean(axis=0) for name, mask in masks.items()}
         for caption in captions:
             for first, word, second in phrase.findall(caption):
                 axis, sign = FIRST_IS[word]
-                assert sign * (middles[second] - middles[first])[axis] > 20, caption
+                assert sign * (centers[second] - centers[first])[axis] > 20, caption
                 checked.add(word)
     assert checked == set(FIRST_IS)
 
 
-def test_captions_tell_where_a_shape_alone_stands(described: list) -> None:
-    """'on the left', 'at the bottom', 'in the middle': so do the shape's pixels."""
+def test_captions_say_where_a_single_shape_is(described: list) -> None:
+    """'on the left', 'at the bottom', 'in the middle': the shape's pixels are there."""
     low, high = demo.SIDE / 3, demo.SIDE * 2 / 3
     places = {"left": lambda x, y: x < low, "right": lambda x, y: x > high,
               "top": lambda x, y: y < low, "bottom": lambda x, y: y > high,
@@ -167,17 +167,17 @@ def test_captions_tell_where_a_shape_alone_stands(described: list) -> None:
     assert checked == set(places)
 
 
-def test_captions_name_the_ground(world: Path) -> None:
+def test_captions_name_the_background(dataset: Path) -> None:
     """The background named is that of the corners."""
     shades = {"black": (0, 60), "grey": (150, 200), "beige": (200, 230), "white": (232, 256)}
     checked = set()
-    for record in read_annotations(world / "annotations" / "annotations.csv").records:
-        picture = np.asarray(Image.open(world / "images" / record.name))
+    for record in read_annotations(dataset / "annotations" / "annotations.csv").records:
+        picture = np.asarray(Image.open(dataset / "images" / record.name))
         shade = picture[::demo.SIDE - 1, ::demo.SIDE - 1].mean()
         for word in set(" ".join(record.captions).split()) & set(shades):
             assert shades[word][0] < shade < shades[word][1], record
             checked.add(word)
-    assert checked == set(shades) == set(demo.GROUNDS)
+    assert checked == set(shades) == set(demo.BACKGROUNDS)
 
 
 def test_only_rings_have_a_hole(described: list) -> None:
@@ -197,7 +197,7 @@ def test_only_rings_have_a_hole(described: list) -> None:
     ("circle", 0.79, 0.79), ("square", 1.0, 1.0), ("triangle", 0.29, 0.79), ("star", 0.42, 0.5),
     ("heart", 0.89, 0.47), ("ring", 0.55, 0.55)])
 def test_shapes_fill_their_boxes_as_their_names_say(name: str, upper: float, lower: float) -> None:
-    """A triangle is wide below and a heart above; each fits a circle of radius 1 or nearly so."""
+    """A triangle is wide below and a heart above; each nearly fits a circle of radius 1."""
     y, x = np.mgrid[-1.3:1.3:400j, -1.3:1.3:400j]
     inside = demo.SHAPES[name](x, y) < 0
     assert np.array_equal(inside, inside[:, ::-1])
@@ -210,7 +210,7 @@ def test_shapes_fill_their_boxes_as_their_names_say(name: str, upper: float, low
 
 @pytest.mark.parametrize("corners, notch", [(5, 0.48), (3, 0.5), (4, 0.5**0.5)])
 def test_star_is_the_signed_distance_to_its_outline(corners: int, notch: float) -> None:
-    """The folded form agrees with a walk along the whole outline."""
+    """The distance agrees with the smallest one to many points of the outline."""
     turns = np.arange(2 * corners) * np.pi / corners
     radii = np.where(np.arange(2 * corners) % 2, notch, 1.0)
     outline = np.stack([radii * np.sin(turns), -radii * np.cos(turns)], axis=1)
@@ -238,7 +238,7 @@ FITS = {
     "a large orange ring in the middle": lambda s: (
         (s.layout, s.sizes, s.colors, s.shapes) == ("middle", ("large",), ("orange",), ("ring",))),
     "four pink hearts on a black background": lambda s: (
-        (s.count, s.colors, s.shapes, s.ground) == (4, ("pink",), ("heart",), "black")),
+        (s.count, s.colors, s.shapes, s.background) == (4, ("pink",), ("heart",), "black")),
     "a small turquoise square at the bottom": lambda s: (
         (s.layout, s.sizes, s.colors, s.shapes)
         == ("bottom", ("small",), ("turquoise",), ("square",))),
@@ -249,8 +249,8 @@ def default_scenes() -> list[demo.Scene]:
     return [demo.sample_scene(np.random.default_rng([0, i]), i) for i in range(1000)]
 
 
-def test_every_query_has_right_pictures_to_train_on_and_to_find() -> None:
-    """By default each of DEMO_QUERIES fits several pictures, in training and in validation."""
+def test_every_query_has_images_in_both_splits() -> None:
+    """By default several images of each split fit each of DEMO_QUERIES."""
     assert list(FITS) == demo.DEMO_QUERIES
     scenes = default_scenes()
     records = [ImageRecord(f"{i:04d}.png", ("a",)) for i in range(1000)]
@@ -261,25 +261,25 @@ def test_every_query_has_right_pictures_to_train_on_and_to_find() -> None:
             assert fitting >= least, (query, split)
 
 
-def test_a_bag_of_words_tells_most_pictures_apart() -> None:
-    """Few scenes share all their attributes, since word order is lost on the text encoder."""
+def test_most_scenes_have_a_bag_of_words_of_their_own() -> None:
+    """Few scenes share all their attributes: the text encoder ignores the order of words."""
     scenes = default_scenes()
-    bags = {(s.layout, s.count, s.ground, *sorted(s.shapes), *sorted(s.colors), *sorted(s.sizes))
-            for s in scenes}
+    bags = {(s.layout, s.count, s.background, *sorted(s.shapes), *sorted(s.colors),
+             *sorted(s.sizes)) for s in scenes}
     assert len(bags) > 850
     assert 550 < sum(len(s.shapes) == 2 for s in scenes) < 650
 
 
 def test_the_vocabulary_is_small_and_holds_the_queries(described: list) -> None:
-    """A world to learn in a minute: few words, and none asked for that no caption uses."""
+    """There are few words, and the captions use every word of the queries."""
     captions = [caption for _, captions in described for caption in captions]
     words = set(re.findall(r"\w+", " ".join(captions)))
     assert 40 <= len(words) <= 70
     assert set(" ".join(demo.DEMO_QUERIES).split()) <= words
 
 
-def test_the_same_world_is_left_alone(tmp_path: Path) -> None:
-    """A second call writes nothing, not even over a changed picture."""
+def test_an_existing_dataset_is_not_written_again(tmp_path: Path) -> None:
+    """A second call writes nothing, even if an image has changed."""
     demo.make_demo_dataset(tmp_path, 2)
     (tmp_path / "images" / "0000.png").write_bytes(b"changed")
     before = content(tmp_path)
@@ -288,20 +288,20 @@ def test_the_same_world_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n_images, seed", [(5, 1), (2, 0)])
-def test_another_world_takes_the_place_of_the_old_one(
+def test_another_dataset_replaces_the_old_one(
     tmp_path: Path, n_images: int, seed: int
 ) -> None:
-    """Nothing of the old world is left: a folder redrawn is a folder drawn."""
+    """The folder is then the same as one that was empty before."""
     demo.make_demo_dataset(tmp_path / "redrawn", 5)
     demo.make_demo_dataset(tmp_path / "redrawn", n_images, seed)
     demo.make_demo_dataset(tmp_path / "drawn", n_images, seed)
     assert content(tmp_path / "redrawn") == content(tmp_path / "drawn")
 
 
-def test_an_interrupted_world_has_no_annotations_and_is_drawn_anew(
+def test_an_interrupted_dataset_has_no_annotations_and_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A half-drawn world never passes for a whole one, and the next call heals it."""
+    """An incomplete dataset has no annotations, and the next call completes it."""
     demo.make_demo_dataset(tmp_path / "broken", 3)
     write = demo.write_image
 
@@ -321,8 +321,8 @@ def test_an_interrupted_world_has_no_annotations_and_is_drawn_anew(
 
 
 @pytest.mark.parametrize("name", ["annotations/annotations.csv", "images/0000.png"])
-def test_other_data_is_never_drawn_over(tmp_path: Path, name: str) -> None:
-    """A folder of real photos or captions is refused and stays as it was."""
+def test_other_data_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    """A folder of other images or captions is refused and not changed."""
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text("precious")
     with pytest.raises(UserError, match="folder of its own"):

@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE against a double loop."""
+"""Symmetric InfoNCE equals a double loop over captions and images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWNERS = pytest.mark.parametrize("owner", [ONE_CAPTION, UNEVEN, SHUFFLED], ids=s
 
 
 def embeddings(n_texts: int, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Six photos and some captions as random unit vectors, and a scale."""
+    """Return six images and some captions as random unit vectors, and a logit scale."""
     generator = torch.Generator().manual_seed(seed)
     images = F.normalize(torch.randn(6, 8, generator=generator, dtype=dtype), dim=-1)
     texts = F.normalize(torch.randn(n_texts, 8, generator=generator, dtype=dtype), dim=-1)
@@ -25,7 +25,7 @@ def embeddings(n_texts: int, seed: int = 0, dtype: torch.dtype = torch.float32):
 
 
 def oracle(images, texts, owner, logit_scale) -> torch.Tensor:
-    """Each caption finds its photo; each photo spreads evenly over its captions. One by one."""
+    """Return the loss from sums over single pairs."""
     logit = [[(text * image).sum() * logit_scale.exp() for image in images] for text in texts]
     n_texts, n_images = len(texts), len(images)
     text_to_image = 0
@@ -43,7 +43,7 @@ def oracle(images, texts, owner, logit_scale) -> torch.Tensor:
 
 @OWNERS
 def test_value_and_gradient_equal_the_double_loop(owner):
-    """Loss and its gradient for photos, captions and scale are those of a loop in float64."""
+    """The loss and its gradients for images, captions and scale equal a loop in float64."""
     inputs = embeddings(len(owner))
     wide = [tensor.double().requires_grad_() for tensor in inputs]
     narrow = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -52,22 +52,22 @@ def test_value_and_gradient_equal_the_double_loop(owner):
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
     expected.backward()
     loss.backward()
-    for got, wanted in zip(narrow, wide, strict=True):
-        torch.testing.assert_close(got.grad.double(), wanted.grad, atol=1e-6, rtol=1e-5)
+    for actual, reference in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(actual.grad.double(), reference.grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 7, 64])
 @pytest.mark.parametrize("captions", [1, 5])
 def test_uniform_logits(batch, captions):
-    """Where all is equally alike the loss is ln B, and (ln B + ln M) / 2 for several captions."""
+    """With equal similarities the loss is (ln B + ln M) / 2, and ln B with one caption each."""
     owner = torch.arange(batch).repeat_interleave(captions)
     images, texts = torch.ones(batch, 4) / 2, torch.ones(len(owner), 4) / 2
     loss = contrastive_loss(images, texts, owner, torch.tensor(2.0)).item()
     assert loss == pytest.approx((math.log(batch) + math.log(batch * captions)) / 2, abs=1e-5)
 
 
-def test_one_caption_a_photo_is_clip():
-    """With pairs in order it is the mean of CLIP's two cross-entropies, and symmetric in them."""
+def test_one_caption_per_image_is_clip():
+    """With one caption per image the loss is CLIP's, and symmetric in images and captions."""
     images, texts, scale = embeddings(6)
     logits = scale.exp() * images @ texts.T
     labels = torch.arange(6)
@@ -77,22 +77,22 @@ def test_one_caption_a_photo_is_clip():
 
 
 @OWNERS
-def test_order_of_photos_and_captions_does_not_matter(owner):
-    """Photos and captions shuffled, with image_index after them: the same loss."""
+def test_order_of_images_and_captions_does_not_matter(owner):
+    """Shuffled images and captions, with image_index permuted alike, have the same loss."""
     images, texts, scale = embeddings(len(owner))
     generator = torch.Generator().manual_seed(3)
-    photos = torch.randperm(6, generator=generator)
+    permutation = torch.randperm(6, generator=generator)
     captions = torch.randperm(len(owner), generator=generator)
-    place_of = torch.argsort(photos)  # photo n stands at place_of[n]
+    position = torch.argsort(permutation)  # of image n
     owner = torch.tensor(owner)
     torch.testing.assert_close(
-        contrastive_loss(images[photos], texts[captions], place_of[owner[captions]], scale),
+        contrastive_loss(images[permutation], texts[captions], position[owner[captions]], scale),
         contrastive_loss(images, texts, owner, scale),
     )
 
 
-def test_right_pairs_cost_less_than_wrong_ones():
-    """Pairs that agree have almost no loss at a high scale; the same pairs exchanged a high one."""
+def test_matching_pairs_have_a_lower_loss():
+    """At a high scale matching pairs have almost no loss, and exchanged pairs a high one."""
     scale = torch.tensor(math.log(100.0))
     labels = torch.arange(4)
     assert contrastive_loss(torch.eye(4), torch.eye(4), labels, scale).item() < 1e-6
@@ -100,19 +100,19 @@ def test_right_pairs_cost_less_than_wrong_ones():
 
 
 def test_float32_under_autocast():
-    """bfloat16 autocast changes not a bit of the loss; bfloat16 products would."""
+    """The loss is bit-identical under bfloat16 autocast."""
     images, texts, scale = embeddings(6)
     labels = torch.arange(6)
     plain = contrastive_loss(images, texts, labels, scale)
     with torch.autocast("cpu", torch.bfloat16):
-        assert (texts @ images.T).dtype == torch.bfloat16  # autocast is really on
+        assert (texts @ images.T).dtype == torch.bfloat16  # autocast is enabled
         mixed = contrastive_loss(images, texts, labels, scale)
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, plain)
 
 
 def test_half_precision_embeddings_give_a_float32_loss():
-    """Embeddings in bfloat16 are widened first: the loss is that of their float32 copies."""
+    """The loss of bfloat16 embeddings is that of their float32 copies."""
     images, texts, scale = embeddings(6)
     images, texts = images.bfloat16(), texts.bfloat16()
     labels = torch.arange(6)

@@ -1,4 +1,4 @@
-"""src/search/page.py and src/search/page_server.py: the folder, the server, and the page in a real Chromium."""
+"""The search page: its files, its server, and the page in Chromium."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 WORDS = ["<pad>", "<unk>", "a", "on", "the", *SHAPES, *COLORS, "left", "right", "beach", "bench",
          "running", "runner", "constructor", "__proto__", "чайка", "犬"]
 
-RUN = "window.ran=1"  # what hostile text tries to do
-ELSEWHERE = "http://127.0.0.1:9/"  # nobody listens there; asking would be a complaint
+RUN = "window.ran=1"  # what hostile text tries to run
+ELSEWHERE = "http://127.0.0.1:9/"  # nothing listens there; a request is an error
 HOSTILE = [
     # Markup that would run, load or swallow what follows.
     f"<img src=x onerror={RUN}>.jpg", f"<script>{RUN}</script>.jpg",
@@ -55,30 +55,30 @@ HOSTILE = [
     "<![CDATA[", f"<base href={ELSEWHERE}>", f"<link rel=stylesheet href={ELSEWHERE}>",
     f"<meta http-equiv=refresh content='0;url={ELSEWHERE}'>", f"<img src={ELSEWHERE}x.jpg>",
     f"<object data={ELSEWHERE}>", f"<style>@import '{ELSEWHERE}'</style>",
-    # Out of a string, an attribute, a comment, a template, a style.
+    # Attempts to leave a string, an attribute, a comment, a template, a style.
     f"\"'`);{RUN};//.jpg", f"\\\";{RUN};//", f"*/{RUN}/*", f"${{{RUN}}}", f"`${{{RUN}}}`",
     f"' onerror='{RUN}", f"\" onload=\"{RUN}", f"x\" autofocus onfocus=\"{RUN}",
     f"\\u003cscript\\u003e{RUN}", f"&lt;script&gt;{RUN}&lt;/script&gt;", "&#60;b&#62;", "%3Cb%3E",
     f"\");background:url({ELSEWHERE})", f"}}body{{background:url({ELSEWHERE})}}",
     "{{title}}.jpg", "{{scripts}}", "line\u2028separator\u2029.jpg",
-    # Addresses.
+    # URLs.
     f"javascript:{RUN}", f"JaVaScRiPt:{RUN}", f"java\nscript:{RUN}", f"\x01javascript:{RUN}",
     f"data:text/html,<script>{RUN}</script>", f"data:text/javascript,{RUN}", f"vbscript:{RUN}",
     f"blob:{ELSEWHERE}", f"{ELSEWHERE}x.jpg", "//127.0.0.1:9/x.jpg", "\\\\127.0.0.1\\x.jpg",
     "file:///etc/passwd", "/etc/passwd", "../../../etc/passwd", "..\\..\\x.jpg", "..", ".",
     "#&q=other&photo=x%00.jpg", "?q=red#q=blue", "&photo=&n=96", "%", "%u003c", "+", "%2e%2e%2f",
-    # Characters that turn, hide or break text.
+    # Characters that reverse, hide or break text.
     "turned\u202egpj.exe", "isolated\u2067name\u2066.jpg", "\u202d\u202c\u202a\u202b",
     "marks\u200e\u200f\u061c", "zero\u200bwidth\u200d\ufeff", "nul\x00 and bell\x07.jpg",
     "\x1b[2J\x9b31m", "tab\tand\r\nline", "   ", "not text \udcff.jpg", "\ud83d", "\ufffe\uffff",
     "e" + "\u0301" * 300, "\U0001f469\u200d\U0001f680", "日本語 фото שלום.jpg", "x" * 5000,
-    # Names that every object has.
+    # Properties of every JavaScript object.
     "__proto__", "constructor", "toString", "hasOwnProperty", "length", "null", "undefined", "NaN",
 ]
 
 
 def rows_like(captions: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Word vectors, and unit vectors of photos near the mean of their caption's words."""
+    """Return word vectors, and unit vectors of images near the mean of their caption's words."""
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(len(WORDS), DIM)).astype(np.float32)
     rows = np.stack([encode(vectors, caption) for caption in captions])
@@ -87,14 +87,14 @@ def rows_like(captions: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode(vectors: np.ndarray, text: str) -> np.ndarray:
-    """The oracle: a text's embedding (D,)."""
+    """Return the embedding (D,) of a text; the reference implementation."""
     ids = [WORDS.index(word) if word in WORDS else 1 for word in split_words(text)]
     mean = vectors[ids[:CONTEXT_LENGTH]].mean(0)
     return mean / np.linalg.norm(mean)
 
 
-def make_world(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
-    """The arguments of write_page for 36 photos, a colored shape each, drawn below `folder`."""
+def make_arguments(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
+    """Return the arguments of write_page for 36 images, one colored rectangle each."""
     captions = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
     photos = []
     for i, color in enumerate(COLORS.values()):
@@ -107,19 +107,19 @@ def make_world(folder: Path, names: list[str] | None = None) -> dict[str, Any]:
         "words": WORDS, "word_embeddings": vectors, "context_length": CONTEXT_LENGTH,
         "names": names or [f"some folder/{caption}.png" for caption in captions],
         "image_embeddings": rows, "captions": [[c, f"another of {c} ."] for c in captions],
-        "photos": photos, "progress": False,
+        "paths": photos, "progress": False,
     }
 
 
-def tiled(world: dict[str, Any], count: int) -> dict[str, Any]:
-    """The same world with its photos over and over, `count` in all."""
+def tiled(arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """Repeat the images of the arguments until there are `count`."""
     order = [i % 36 for i in range(count)]
-    return world | {key: [world[key][i] for i in order] for key in ("names", "captions", "photos")
-                    } | {"image_embeddings": world["image_embeddings"][order]}
+    lists = {key: [arguments[key][i] for i in order] for key in ("names", "captions", "paths")}
+    return arguments | lists | {"image_embeddings": arguments["image_embeddings"][order]}
 
 
 def read_data(folder: Path) -> tuple[dict, dict]:
-    """What words.js and all photo files hand over, vectors as floats, photos' files joined."""
+    """Return the contents of words.js and of all image files, with vectors as floats."""
     parts = []
     for path in [folder / "data" / "words.js", *sorted((folder / "data").glob("photos-*.js"))]:
         data = json.loads(re.fullmatch(r"\w+\((.*)\);\n", path.read_text("ascii"))[1])
@@ -138,20 +138,20 @@ def read_data(folder: Path) -> tuple[dict, dict]:
 # ---- The folder ----------------------------------------------------------------------------------
 
 
-def test_folder_holds_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, captions, pictures in order, vectors within half a step of int8, over many files."""
-    monkeypatch.setattr(page, "PHOTOS_PER_FILE", 10)
-    world = make_world(tmp_path)
-    counts = write_page(tmp_path / "album", **world)
+def test_the_files_hold_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files hold names, captions and images in order, and vectors up to int8 rounding."""
+    monkeypatch.setattr(page, "IMAGES_PER_FILE", 10)
+    arguments = make_arguments(tmp_path)
+    counts = write_page(tmp_path / "album", **arguments)
     words, photos = read_data(tmp_path / "album")
     assert words["words"] == WORDS and words["photos"] == 36 and words["dim"] == DIM
     assert len(list((tmp_path / "album" / "data").iterdir())) == 1 + 4
-    assert photos["names"] == world["names"] and photos["captions"] == world["captions"]
-    for rows, exact in [(words["vectors"], world["word_embeddings"]),
-                        (photos["vectors"], world["image_embeddings"])]:
+    assert photos["names"] == arguments["names"] and photos["captions"] == arguments["captions"]
+    for rows, exact in [(words["vectors"], arguments["word_embeddings"]),
+                        (photos["vectors"], arguments["image_embeddings"])]:
         step = np.abs(exact).max(1, keepdims=True) / 127
         assert (np.abs(rows - exact) <= step / 2 * 1.001).all()
-    for name, photo in zip(photos["pictures"], world["photos"], strict=True):
+    for name, photo in zip(photos["pictures"], arguments["paths"], strict=True):
         color = load_image(photo).getpixel((0, 0))
         for size in ("t", "f"):
             copy = load_image(tmp_path / "album" / size / f"{name}.jpg")
@@ -164,38 +164,37 @@ def test_folder_holds_what_it_was_given(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
-def test_large_photos_come_in_two_sizes(tmp_path: Path) -> None:
+def test_large_images_are_written_in_two_sizes(tmp_path: Path) -> None:
     """The longest side is 256 in t/ and 1024 in f/."""
-    world = {key: value[:1] if isinstance(value, list | np.ndarray) and len(value) == 36 else value
-             for key, value in make_world(tmp_path).items()}
-    Image.new("RGB", (1500, 750), "teal").save(world["photos"][0])
-    write_page(tmp_path / "album", **world)
+    arguments = tiled(make_arguments(tmp_path), 1)
+    Image.new("RGB", (1500, 750), "teal").save(arguments["paths"][0])
+    write_page(tmp_path / "album", **arguments)
     sizes = [load_image(next((tmp_path / "album" / size).iterdir())).size for size in ("t", "f")]
     assert sizes == [(256, 128), (1024, 512)]
 
 
-def test_no_trace_of_paths_or_camera(tmp_path: Path) -> None:
-    """Of where the photos lie and who took them where, nothing is in any file."""
-    world = make_world(tmp_path / "SECRETPLACE")
+def test_the_page_holds_no_paths_and_no_exif(tmp_path: Path) -> None:
+    """No file holds a path or the EXIF data of an image."""
+    arguments = make_arguments(tmp_path / "SECRETPLACE")
     exif = Image.Exif()
     exif[0x013B] = "SECRETARTIST"
-    with Image.open(world["photos"][0]) as image:
-        image.convert("RGB").save(world["photos"][0].with_suffix(".jpg"), exif=exif,
+    with Image.open(arguments["paths"][0]) as image:
+        image.convert("RGB").save(arguments["paths"][0].with_suffix(".jpg"), exif=exif,
                                   comment="SECRETCOMMENT")
-    world["photos"][0] = world["photos"][0].with_suffix(".jpg")
-    assert b"SECRETARTIST" in world["photos"][0].read_bytes()
-    write_page(tmp_path / "album", **world)
+    arguments["paths"][0] = arguments["paths"][0].with_suffix(".jpg")
+    assert b"SECRETARTIST" in arguments["paths"][0].read_bytes()
+    write_page(tmp_path / "album", **arguments)
     files = [path for path in (tmp_path / "album").rglob("*") if path.is_file()]
     assert len(files) == 5 + 2 + 2 * 36  # parts, data, two sizes of each picture
     for path in files:
         text = path.read_bytes()
         assert b"SECRET" not in text and str(tmp_path).encode() not in text
-        assert not any(photo.name in str(path) for photo in world["photos"])
+        assert not any(photo.name in str(path) for photo in arguments["paths"])
 
 
-def test_unreadable_photos_are_named_and_left_out(tmp_path: Path) -> None:
-    """Text called .jpg, a truncated JPEG, a folder and nothing at all: each with its reason."""
-    world = make_world(tmp_path)
+def test_unreadable_images_are_named_and_left_out(tmp_path: Path) -> None:
+    """Each unreadable file is left out and reported with a reason."""
+    arguments = make_arguments(tmp_path)
     broken = tmp_path / "broken"
     (broken / "folder.jpg").mkdir(parents=True)
     (broken / "text.jpg").write_text("no picture")
@@ -203,42 +202,43 @@ def test_unreadable_photos_are_named_and_left_out(tmp_path: Path) -> None:
     (broken / "cut.jpg").write_bytes((broken / "cut.jpg").read_bytes()[:300])
     for i, name in zip((0, 7, 20, 35), ("folder.jpg", "text.jpg", "cut.jpg", "none.jpg"),
                        strict=True):
-        world["photos"][i] = broken / name
-    counts = write_page(tmp_path / "album", **world)
+        arguments["paths"][i] = broken / name
+    counts = write_page(tmp_path / "album", **arguments)
     kept = [i for i in range(36) if i not in (0, 7, 20, 35)]
-    assert [name for name, _ in counts["skipped"]] == [world["names"][i] for i in (0, 7, 20, 35)]
+    skipped = [arguments["names"][i] for i in (0, 7, 20, 35)]
+    assert [name for name, _ in counts["skipped"]] == skipped
     assert all(reason for _, reason in counts["skipped"]) and counts["photos"] == 32
     _, photos = read_data(tmp_path / "album")
-    assert photos["names"] == [world["names"][i] for i in kept]
-    assert np.abs(photos["vectors"] - world["image_embeddings"][kept]).max() < 0.01
+    assert photos["names"] == [arguments["names"][i] for i in kept]
+    assert np.abs(photos["vectors"] - arguments["image_embeddings"][kept]).max() < 0.01
 
 
-def test_a_second_call_makes_only_what_is_new(tmp_path: Path) -> None:
-    """Unchanged pictures are kept, changed ones made, those of photos gone removed."""
-    world, album = make_world(tmp_path), tmp_path / "album"
-    write_page(album, **world)
+def test_a_second_call_makes_only_new_thumbnails(tmp_path: Path) -> None:
+    """Unchanged thumbnails are kept, new ones are made, unused ones are removed."""
+    arguments, album = make_arguments(tmp_path), tmp_path / "album"
+    write_page(album, **arguments)
     before = {path: path.stat().st_mtime_ns for path in (album / "f").iterdir()}
-    Image.new("RGB", (50, 50), "black").save(world["photos"][3])
-    for key in ("names", "image_embeddings", "captions", "photos"):
-        world[key] = world[key][:30]
-    assert write_page(album, **world)["pictures_made"] == 1
+    Image.new("RGB", (50, 50), "black").save(arguments["paths"][3])
+    for key in ("names", "image_embeddings", "captions", "paths"):
+        arguments[key] = arguments[key][:30]
+    assert write_page(album, **arguments)["pictures_made"] == 1
     after = {path: path.stat().st_mtime_ns for path in (album / "f").iterdir()}
     assert len(after) == 30 and len(after.items() & before.items()) == 29
     assert {path.name for path in (album / "t").iterdir()} == {path.name for path in after}
 
 
-def test_identical_photos_share_a_picture(tmp_path: Path) -> None:
-    """Two names, two rows, one file."""
-    world = make_world(tmp_path)
-    shutil.copy(world["photos"][0], world["photos"][9])
-    assert write_page(tmp_path / "album", **world)["pictures_made"] == 35
+def test_identical_images_share_a_thumbnail(tmp_path: Path) -> None:
+    """Two images with the same bytes share one thumbnail."""
+    arguments = make_arguments(tmp_path)
+    shutil.copy(arguments["paths"][0], arguments["paths"][9])
+    assert write_page(tmp_path / "album", **arguments)["pictures_made"] == 35
     _, photos = read_data(tmp_path / "album")
     assert photos["pictures"][0] == photos["pictures"][9] and len(photos["names"]) == 36
 
 
-def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle leaves no index.html, and loses no picture that was made."""
-    world, album = make_world(tmp_path), tmp_path / "album"
+def test_an_interrupted_page_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C there is no index.html, and finished thumbnails are kept."""
+    arguments, album = make_arguments(tmp_path), tmp_path / "album"
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     done = []
 
@@ -252,44 +252,45 @@ def test_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as context:
         context.setattr(page, "write_image", write_until)
         with pytest.raises(KeyboardInterrupt):
-            write_page(album, **world)
+            write_page(album, **arguments)
     assert not (album / "index.html").exists()
-    killed = album / "t" / f".{'0' * 20}_9x9.jpg.tmp"  # what a kill would leave
+    killed = album / "t" / f".{'0' * 20}_9x9.jpg.tmp"  # left by a killed write
     killed.touch()
-    assert write_page(album, **world)["pictures_made"] == 36 - 10
+    assert write_page(album, **arguments)["pictures_made"] == 36 - 10
     assert not killed.exists()
 
 
-def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    """Somebody's web site is not overwritten; an empty folder and a killed first write are fine."""
-    world, album = make_world(tmp_path), tmp_path / "album"
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    """Another web site is not overwritten; an empty folder and a killed write are accepted."""
+    arguments, album = make_arguments(tmp_path), tmp_path / "album"
     album.mkdir()
     (album / "index.html").write_text("my own page")
     with pytest.raises(UserError, match="no earlier page"):
-        write_page(album, **world)
+        write_page(album, **arguments)
     assert [path.name for path in album.iterdir()] == ["index.html"]
     (album / "index.html").rename(album / ".search.js.1234.tmp")
-    write_page(album, **world)
+    write_page(album, **arguments)
     with pytest.raises(UserError, match="is a file"):
-        write_page(album / "index.html", **world)
+        write_page(album / "index.html", **arguments)
 
 
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    """A wrong number of names, vectors of two sizes, numbers that are none."""
-    world = make_world(tmp_path)
+    """Wrong numbers of names, vectors of two sizes and NaNs are refused."""
+    arguments = make_arguments(tmp_path)
     for wrong in ({"names": ["one"]}, {"words": WORDS[1:]}, {"words": WORDS[:-1]},
-                  {"word_embeddings": world["word_embeddings"][:, :8]},
+                  {"word_embeddings": arguments["word_embeddings"][:, :8]},
                   {"image_embeddings": np.full((36, DIM), np.nan, np.float32)}):
         with pytest.raises(ValueError):
-            write_page(tmp_path / "album", **{**world, **wrong})
+            write_page(tmp_path / "album", **{**arguments, **wrong})
 
 
-def test_data_files_are_plain(tmp_path: Path) -> None:
-    """Whatever the names hold: ASCII, one line, no <; and every name is in it, as text."""
+def test_data_files_are_ascii(tmp_path: Path) -> None:
+    """Whatever the names are, data files are one line of ASCII without "<"."""
     names = HOSTILE
-    world = tiled(make_world(tmp_path), len(names))
-    world |= {"names": names, "captions": [[name, name] for name in names]}
-    write_page(tmp_path / "album", **world, title="</title><script>alert(1)</script>{{scripts}}")
+    arguments = tiled(make_arguments(tmp_path), len(names))
+    arguments |= {"names": names, "captions": [[name, name] for name in names]}
+    title = "</title><script>alert(1)</script>{{scripts}}"
+    write_page(tmp_path / "album", **arguments, title=title)
     for path in (tmp_path / "album" / "data").iterdir():
         text = path.read_bytes().decode("ascii")
         assert text.count("\n") == 1 and "<" not in text
@@ -300,16 +301,16 @@ def test_data_files_are_plain(tmp_path: Path) -> None:
 
 
 def test_an_empty_page(tmp_path: Path) -> None:
-    """No photo at all is a page without photos."""
-    world = make_world(tmp_path)
-    for key in ("names", "image_embeddings", "captions", "photos"):
-        world[key] = world[key][:0]
-    assert write_page(tmp_path / "album", **world)["photos"] == 0
+    """A page without images can be written."""
+    arguments = make_arguments(tmp_path)
+    for key in ("names", "image_embeddings", "captions", "paths"):
+        arguments[key] = arguments[key][:0]
+    assert write_page(tmp_path / "album", **arguments)["photos"] == 0
     assert read_data(tmp_path / "album")[1]["vectors"].shape == (0, DIM)
 
 
 def test_example_queries() -> None:
-    """Short captions of known words, of different photos; else words of the vocabulary."""
+    """Examples are short captions of known words, or else words of the vocabulary."""
     words = ["<pad>", "<unk>", "a", "red", "ring", "star"]
     captions = [["A red ring .", "a much longer caption of it"], ["a red zebra"], [], ["a star"],
                 ["a red star!"], ["A RED RING"]]
@@ -321,7 +322,7 @@ def test_example_queries() -> None:
 # ---- The server ----------------------------------------------------------------------------------
 
 
-OUTSIDE = [  # paths to what is not in the folder, or no file in it
+OUTSIDE = [  # paths that are not files of the folder
     "/../secret.txt", "/%2e%2e/secret.txt", "/%2E%2E/secret.txt", "/.%2e/secret.txt",
     "/t/../../secret.txt", "/t/%2e%2e/%2e%2e/secret.txt", "/..%2fsecret.txt", "/..%5csecret.txt",
     "/%252e%252e/secret.txt", "/%252e%252e%252fsecret.txt", "/..%c0%afsecret.txt",
@@ -345,9 +346,10 @@ FOREIGN = [
 
 @pytest.fixture()
 def served(album: Path) -> Iterator[tuple[subprocess.Popen, int]]:
-    """A process that serves the album, and its port."""
-    # Ctrl-C ends it also where a shell runs the tests in the background, and ignores it for them.
-    code = ("import signal, sys; from pathlib import Path; from src.search.page_server import serve_page; "
+    """Return a process that serves the page, and its port."""
+    # A shell that runs the tests in the background ignores SIGINT for them.
+    code = ("import signal, sys; from pathlib import Path; "
+            "from src.search.page_server import serve_page; "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "
             "serve_page(Path(sys.argv[1]), 0)")
     with subprocess.Popen([sys.executable, "-c", code, album], cwd=ROOT, text=True,
@@ -358,10 +360,10 @@ def served(album: Path) -> Iterator[tuple[subprocess.Popen, int]]:
             process.kill()
 
 
-def test_server_serves_the_folder_and_nothing_else(
+def test_the_server_serves_only_the_folder(
     album: Path, served: tuple[subprocess.Popen, int]
 ) -> None:
-    """Files of the page are had; parents, links that lead out and listings are not."""
+    """Files of the page are served; parents, links to outside and listings are not."""
     process, port = served
     secret = album.parent / "secret.txt"
     secret.write_text("SECRET")
@@ -373,7 +375,7 @@ def test_server_serves_the_folder_and_nothing_else(
     def ask(path: str, host: str = f"127.0.0.1:{port}", method: str = "GET") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         try:
-            connection.putrequest(method, path, skip_host=True)  # sent as it is, dots and all
+            connection.putrequest(method, path, skip_host=True)  # sent unchanged, with dots
             if host:
                 connection.putheader("Host", host)
             connection.endheaders()
@@ -411,8 +413,8 @@ def test_server_serves_the_folder_and_nothing_else(
     assert process.wait(10) == 0 and process.stderr.read() == ""
 
 
-def test_server_says_why_it_cannot(album: Path, tmp_path: Path) -> None:
-    """No page, a port in use, a port that is none."""
+def test_the_server_reports_errors(album: Path, tmp_path: Path) -> None:
+    """A missing page, a port in use and an invalid port are reported."""
     with pytest.raises(UserError, match="no page in"):
         serve_page(tmp_path, 0)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as taken:
@@ -426,24 +428,24 @@ def test_server_says_why_it_cannot(album: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the album was made of."""
-    return make_world(tmp_path_factory.mktemp("world"))
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the arguments that the album is written with."""
+    return make_arguments(tmp_path_factory.mktemp("arguments"))
 
 
 @pytest.fixture(scope="module")
-def album(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Any]) -> Path:
-    """A written page, in two files of photos."""
+def album(tmp_path_factory: pytest.TempPathFactory, arguments: dict[str, Any]) -> Path:
+    """Return a written page with two files of images."""
     folder = tmp_path_factory.mktemp("pages") / "album"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "PHOTOS_PER_FILE", 20)
-        write_page(folder, **world)
+        patch.setattr(page, "IMAGES_PER_FILE", 20)
+        write_page(folder, **arguments)
     return folder
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium with a profile of its own; skips where there is none."""
+    """Return a headless Chromium with its own profile; skip if there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 
@@ -468,19 +470,19 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     browser.quit()
 
 
-class Visitor:
-    """Somebody at the page: what they do and see."""
+class Browser:
+    """Acts on the page and reads what it shows."""
 
     def __init__(self, browser: Any) -> None:
         self.browser = browser
         self.url = ""
 
     def open(self, url: str, fragment: str = "") -> None:
-        """Load a page afresh and wait until all its photos have come and it is drawn."""
+        """Load a page and wait until all images are loaded and drawn."""
         self.url = url
         self.browser.get("about:blank")
         for kind in ("browser", "performance"):
-            self.browser.get_log(kind)  # what was before
+            self.browser.get_log(kind)  # clear the log
         self.browser.get(url + fragment)
         self.until(lambda: self.js("return dim > 0 && photos.count === photos.total && drawn !== ''"
                                    " && !waiting"))
@@ -490,57 +492,57 @@ class Visitor:
         return self.browser.execute_script(script, *arguments)
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        """Wait until something is so."""
+        """Wait until a condition is true."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.browser, 10, 0.02).until(lambda _: condition())
 
-    def see(self, selector: str) -> list[Any]:
-        """The elements of a CSS selector."""
+    def find(self, selector: str) -> list[Any]:
+        """Return the elements of a CSS selector."""
         return self.browser.find_elements("css selector", selector)
 
     def text(self, selector: str) -> str:
-        """The text of the first such element; '' where there is none (yet)."""
+        """Return the text of the first such element; '' without one."""
         return self.js("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
 
     def keys(self, *keys: str) -> None:
-        """Press keys wherever the focus is."""
+        """Press keys at the current focus."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         ActionChains(self.browser).send_keys(*keys).perform()
 
     def type(self, text: str) -> None:
-        """Put a text in the box, key by key, and wait for what it finds."""
-        box = self.see("#query")[0]
+        """Type a query and wait for its results."""
+        box = self.find("#query")[0]
         box.clear()
         box.send_keys(text)
         self.until(lambda: self.settled(text))
 
     def settled(self, text: str) -> bool:
-        """Whether the page shows what a text finds."""
+        """Return whether the results of a text are shown."""
         return self.js("return !waiting && JSON.parse(drawn)[0] === arguments[0]"
                        " && box.value === arguments[0]", text)
 
     def captions(self) -> list[str]:
-        """The captions of the results, in order."""
+        """Return the captions of the results in order."""
         return self.js("return [...document.querySelectorAll('#results .caption')]"
                        ".map((node) => node.textContent)")
 
     def focus(self) -> str:
-        """What has the focus, as tag#id.class and text."""
+        """Return the focused element as tag#id and text."""
         return self.js("const e = document.activeElement; return e.tagName.toLowerCase() + "
                        "(e.id && '#' + e.id) + ' ' + (e.querySelector('img')?.alt ?? '')")
 
     def fragment(self) -> str:
-        """The address after #."""
+        """Return the URL after #."""
         return self.js("return decodeURIComponent(location.hash.replaceAll('+', ' '))")
 
     def opened(self) -> bool:
-        """Whether a photo's dialog is open."""
+        """Return whether an image is open."""
         return self.js("return dialog.open")
 
-    def complaints(self) -> list[str]:
-        """Errors in the browser's log, and requests for anything but the page's own folder."""
+    def errors(self) -> list[str]:
+        """Return errors of the browser's log, and requests to anything but the page's folder."""
         base = self.url.rsplit("/", 1)[0]
         found = [entry["message"] for entry in self.browser.get_log("browser")
                  if entry["level"] == "SEVERE"]
@@ -553,70 +555,70 @@ class Visitor:
 
 
 @pytest.fixture()
-def visitor(chromium: Any, album: Path) -> Iterator[Visitor]:
-    """A visitor on the album, opened from disk; in the end nothing may have gone wrong."""
-    someone = Visitor(chromium)
+def browser(chromium: Any, album: Path) -> Iterator[Browser]:
+    """Open the album from disk; check at the end that nothing ran and nothing was fetched."""
+    someone = Browser(chromium)
     someone.open(album.joinpath("index.html").as_uri())
     yield someone
     assert someone.js("return window.ran") is None
-    assert someone.complaints() == []
+    assert someone.errors() == []
 
 
-def test_typing_finds_the_right_picture(visitor: Visitor, album: Path, world: dict) -> None:
-    """The photo of the caption comes first, with its picture, score, rank and shares."""
+def test_typing_finds_the_right_image(browser: Browser, album: Path, arguments: dict) -> None:
+    """The image of the caption is first, with score, rank and contributions."""
     for number in (0, 17, 35):
-        caption = world["captions"][number][0]
-        visitor.type(caption)
-        assert visitor.captions()[0] == caption
-    assert len(visitor.see("#results .card")) == 24
-    assert visitor.text("#notes") == "The 24 best of 36 photos"
-    card = visitor.see("#results .card")[0]
+        caption = arguments["captions"][number][0]
+        browser.type(caption)
+        assert browser.captions()[0] == caption
+    assert len(browser.find("#results .card")) == 24
+    assert browser.text("#notes") == "The 24 best of 36 photos"
+    card = browser.find("#results .card")[0]
     assert card.find_element("css selector", ".rank").text == "1"
     assert float(card.find_element("css selector", ".score").text) > 0.9
-    assert [node.text.split()[0] for node in card.find_elements("css selector", ".shares li")] \
-        == ["a", "purple", "ring"]
+    words = card.find_elements("css selector", ".contributions li")
+    assert [node.text.split()[0] for node in words] == ["a", "purple", "ring"]
     image = card.find_element("css selector", "img")
-    visitor.until(lambda: visitor.js("return arguments[0].naturalWidth", image) == 35)
+    browser.until(lambda: browser.js("return arguments[0].naturalWidth", image) == 35)
     assert image.get_attribute("alt") == caption and image.get_attribute("loading") == "lazy"
     assert (image.get_dom_attribute("width"), image.get_dom_attribute("height")) == ("35", "29")
 
 
-def test_ranking_and_scores_are_numpys(visitor: Visitor, album: Path, world: dict) -> None:
-    """The same order and scores as numpy on the same rounded vectors; near the exact scores."""
+def test_ranking_equals_numpy(browser: Browser, album: Path, arguments: dict) -> None:
+    """Order and scores equal those of numpy on the rounded vectors."""
     words, photos = read_data(album)
     for text in ("a red circle", "star", "blue blue triangle unheardof", "the " * 20 + "ring"):
         query = encode(words["vectors"], text)
         scores = photos["vectors"] @ query
-        found = visitor.js("return bestPhotos(encode(arguments[0]).vector, 24)", text)
+        found = browser.js("return bestPhotos(encode(arguments[0]).vector, 24)", text)
         assert [result["photo"] for result in found] == np.argsort(-scores)[:24].tolist()
         ranked = [result["score"] for result in found]
         assert np.allclose(ranked, np.sort(scores)[::-1][:24], atol=2e-6)
-        exact = world["image_embeddings"] @ encode(world["word_embeddings"], text)
+        exact = arguments["image_embeddings"] @ encode(arguments["word_embeddings"], text)
         assert np.allclose(ranked, exact[[result["photo"] for result in found]], atol=0.01)
 
 
-def test_sums_stay_in_32_bits(visitor: Visitor, tmp_path: Path, world: dict) -> None:
-    """The largest possible sums, all codes 127 and a text in the same direction, come out as 1."""
+def test_sums_stay_in_32_bits(browser: Browser, tmp_path: Path, arguments: dict) -> None:
+    """The largest possible sums do not overflow: all codes 127 and a parallel text give 1."""
     equal = np.full((36, DIM), DIM**-0.5, np.float32)
     equal[::2] *= -1
     vectors = np.ones((len(WORDS), DIM), np.float32)
     write_page(tmp_path / "album",
-               **{**world, "image_embeddings": equal, "word_embeddings": vectors})
-    visitor.open((tmp_path / "album" / "index.html").as_uri(), "#q=red")
-    found = visitor.js("return bestPhotos(encode('red').vector, 36)")
+               **{**arguments, "image_embeddings": equal, "word_embeddings": vectors})
+    browser.open((tmp_path / "album" / "index.html").as_uri(), "#q=red")
+    found = browser.js("return bestPhotos(encode('red').vector, 36)")
     assert np.allclose([result["score"] for result in found], [1] * 18 + [-1] * 18, atol=1e-5)
-    # Equal scores stay in the photos' order, as in a stable sort.
+    # Equal scores are in the order of the images.
     assert [result["photo"] for result in found] == [*range(1, 36, 2), *range(0, 36, 2)]
 
 
-def test_shares_sum_to_the_score(visitor: Visitor) -> None:
-    """For every photo and many queries, words known, unknown and repeated."""
-    worst = visitor.js("""
+def test_contributions_sum_to_the_score(browser: Browser) -> None:
+    """For every image and query the contributions of the words sum to the score."""
+    worst = browser.js("""
         let worst = 0;
         for (const text of arguments[0]) {
           const query = encode(text);
           for (const { photo, score } of bestPhotos(query.vector, 36)) {
-            const sum = sharesOf(query, photo).reduce((a, b) => a + b, 0);
+            const sum = contributionsOf(query, photo).reduce((a, b) => a + b, 0);
             worst = Math.max(worst, Math.abs(sum - score));
           }
         }
@@ -625,161 +627,161 @@ def test_shares_sum_to_the_score(visitor: Visitor) -> None:
     assert worst < 2e-6
 
 
-def test_tokenizer_is_pythons(visitor: Visitor) -> None:
-    """The same words from every character that this Python knows, and from tricky texts."""
+def test_tokenizer_equals_python(browser: Browser) -> None:
+    """JavaScript and Python split every character and many texts in the same way."""
     texts = ["", "  ", "A man's T-shirt .", "snake_case __proto__", "ΟΔΥΣΣΕΥΣ ΣΑΣ Σ", "İstanbul",
              "ﬁne ① ½ ² Ⅻ", "naïve e\u0301", "犬と猫", "שלום, עולם!", "हिन्दी", "a\u200db", "👩‍👩‍👧",
              "x\x00y", "Straße ẞ", "ǅ Ǆ", "１２３ ４.５", "don’t", "a\u00ada", "\u202eabc", "ﷺ"]
-    # By scripts changed since this Python's Unicode: only characters that it has assigned.
+    # Only characters that the Unicode version of this Python has assigned.
     assigned = [chr(code) for code in range(sys.maxunicode + 1)
                 if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
     texts += [f"x{character}Y {character}" for character in assigned]
     for start in range(0, len(texts), 50_000):
         part = texts[start:start + 50_000]
-        words = visitor.js("return arguments[0].map((text) => splitWords(text).join(' '))", part)
+        words = browser.js("return arguments[0].map((text) => splitWords(text).join(' '))", part)
         different = [(text, found) for text, found in zip(part, words, strict=True)
                      if found != " ".join(split_words(text))]
         assert different == []
 
 
-def test_a_photo_opens_and_back_closes_it(visitor: Visitor, world: dict) -> None:
-    """A click shows its full size, captions and shares, then those like it; back walks back."""
-    visitor.type("green star")
-    first = visitor.captions()[0]
-    visitor.see("#results .card a")[0].click()
-    visitor.until(visitor.opened)
-    assert first == "a green star" and visitor.text("#photo h2") == first
-    assert visitor.text("#photo .captions") == "another of a green star."
-    assert visitor.text("#photo .name") == "some folder/a green star.png"
-    assert "/f/" in visitor.see("#photo .frame img")[0].get_attribute("src")
-    rows = [row.text.split() for row in visitor.see("#photo .bars li")]
-    score = float(visitor.text("#photo h3 .score"))
+def test_an_image_opens_and_back_closes_it(browser: Browser, arguments: dict) -> None:
+    """A click opens an image with its details; the back button closes it."""
+    browser.type("green star")
+    first = browser.captions()[0]
+    browser.find("#results .card a")[0].click()
+    browser.until(browser.opened)
+    assert first == "a green star" and browser.text("#photo h2") == first
+    assert browser.text("#photo .captions") == "another of a green star."
+    assert browser.text("#photo .name") == "some folder/a green star.png"
+    assert "/f/" in browser.find("#photo .frame img")[0].get_attribute("src")
+    rows = [row.text.split() for row in browser.find("#photo .bars li")]
+    score = float(browser.text("#photo h3 .score"))
     assert [row[0] for row in rows] == ["green", "star"]
     assert abs(sum(float(row[1]) for row in rows) - score) < 0.002
-    assert visitor.fragment() == "#q=green star&photo=some folder/a green star.png"
+    assert browser.fragment() == "#q=green star&photo=some folder/a green star.png"
 
-    vectors = world["image_embeddings"]
-    number = world["names"].index("some folder/a green star.png")
+    vectors = arguments["image_embeddings"]
+    number = arguments["names"].index("some folder/a green star.png")
     near = np.argsort(-(vectors @ vectors[number]))[1:9]
-    alike = [node.get_attribute("alt") for node in visitor.see("#photo .alike img")]
-    assert len(alike) == 8 and alike[0] == world["captions"][near[0]][0]
-    visitor.see("#photo .alike a")[0].click()
-    visitor.until(lambda: visitor.text("#photo h2") == alike[0])
+    alike = [node.get_attribute("alt") for node in browser.find("#photo .alike img")]
+    assert len(alike) == 8 and alike[0] == arguments["captions"][near[0]][0]
+    browser.find("#photo .alike a")[0].click()
+    browser.until(lambda: browser.text("#photo h2") == alike[0])
 
-    visitor.browser.back()
-    visitor.until(lambda: visitor.text("#photo h2") == first)
-    visitor.browser.back()
-    visitor.until(lambda: not visitor.opened())
-    assert visitor.fragment() == "#q=green star" and visitor.captions()[0] == first
-    visitor.browser.forward()
-    visitor.until(visitor.opened)
+    browser.browser.back()
+    browser.until(lambda: browser.text("#photo h2") == first)
+    browser.browser.back()
+    browser.until(lambda: not browser.opened())
+    assert browser.fragment() == "#q=green star" and browser.captions()[0] == first
+    browser.browser.forward()
+    browser.until(browser.opened)
 
 
-def test_keys(visitor: Visitor) -> None:
-    """/ goes to the box, arrows through the results, Enter opens, arrows leaf, Esc gives back."""
+def test_keys(browser: Browser) -> None:
+    """The keys /, arrows, Enter and Esc move, open and close."""
     from selenium.webdriver.common.keys import Keys
 
-    visitor.keys("/")
-    assert visitor.focus() == "input#query "
-    visitor.keys("red ring")
-    visitor.until(lambda: visitor.settled("red ring"))
-    captions = visitor.captions()
-    columns = visitor.js("return getComputedStyle(list).gridTemplateColumns.split(' ').length")
-    visitor.keys(Keys.ARROW_DOWN)
-    assert visitor.focus() == f"a {captions[0]}"
-    visitor.keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
-    assert visitor.focus() == f"a {captions[1 + columns]}"
-    visitor.keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_LEFT)
-    assert visitor.focus() == f"a {captions[0]}"
-    visitor.keys(Keys.ENTER)
-    visitor.until(visitor.opened)
-    assert visitor.focus() == "h2#photo-title " and visitor.text("#photo h2") == captions[0]
-    visitor.keys(Keys.ARROW_RIGHT)
-    visitor.until(lambda: visitor.text("#photo h2") == captions[1])
-    visitor.keys(Keys.ARROW_RIGHT)
-    visitor.until(lambda: visitor.text("#photo h2") == captions[2])
-    visitor.keys(Keys.ESCAPE)
-    visitor.until(lambda: not visitor.opened() and visitor.fragment() == "#q=red ring")
-    assert visitor.focus() == f"a {captions[2]}"  # where one was last
-    visitor.keys("/")
-    assert visitor.focus() == "input#query "
-    visitor.keys("heart")  # what was there is selected, and replaced
-    visitor.until(lambda: visitor.settled("heart"))
-    visitor.keys(Keys.ARROW_DOWN, Keys.ARROW_UP)
-    assert visitor.focus() == "input#query "
+    browser.keys("/")
+    assert browser.focus() == "input#query "
+    browser.keys("red ring")
+    browser.until(lambda: browser.settled("red ring"))
+    captions = browser.captions()
+    columns = browser.js("return getComputedStyle(list).gridTemplateColumns.split(' ').length")
+    browser.keys(Keys.ARROW_DOWN)
+    assert browser.focus() == f"a {captions[0]}"
+    browser.keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    assert browser.focus() == f"a {captions[1 + columns]}"
+    browser.keys(Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_LEFT)
+    assert browser.focus() == f"a {captions[0]}"
+    browser.keys(Keys.ENTER)
+    browser.until(browser.opened)
+    assert browser.focus() == "h2#photo-title " and browser.text("#photo h2") == captions[0]
+    browser.keys(Keys.ARROW_RIGHT)
+    browser.until(lambda: browser.text("#photo h2") == captions[1])
+    browser.keys(Keys.ARROW_RIGHT)
+    browser.until(lambda: browser.text("#photo h2") == captions[2])
+    browser.keys(Keys.ESCAPE)
+    browser.until(lambda: not browser.opened() and browser.fragment() == "#q=red ring")
+    assert browser.focus() == f"a {captions[2]}"  # the image shown last
+    browser.keys("/")
+    assert browser.focus() == "input#query "
+    browser.keys("heart")  # the old text is selected, and replaced
+    browser.until(lambda: browser.settled("heart"))
+    browser.keys(Keys.ARROW_DOWN, Keys.ARROW_UP)
+    assert browser.focus() == "input#query "
 
 
-def test_other_ways_to_close(visitor: Visitor) -> None:
-    """The button, and a click beside the dialog."""
-    visitor.type("blue heart")
+def test_other_ways_to_close(browser: Browser) -> None:
+    """The close button and a click beside the dialog close it."""
+    browser.type("blue heart")
     for close in ("return document.querySelector('[data-close]').click()",
                   "return dialog.dispatchEvent(new MouseEvent('click', { bubbles: true }))"):
-        visitor.see("#results .card a")[0].click()
-        visitor.until(visitor.opened)
-        visitor.js(close)
-        visitor.until(lambda: not visitor.opened() and visitor.fragment() == "#q=blue heart")
+        browser.find("#results .card a")[0].click()
+        browser.until(browser.opened)
+        browser.js(close)
+        browser.until(lambda: not browser.opened() and browser.fragment() == "#q=blue heart")
 
 
-def test_the_address_restores_everything(visitor: Visitor, album: Path) -> None:
-    """A shared address shows the same query, number and photo; closing it stays on the page."""
+def test_the_url_restores_the_state(browser: Browser, album: Path) -> None:
+    """A URL restores query, number of results and open image."""
     from selenium.webdriver.common.keys import Keys
 
-    visitor.open(visitor.url, "#q=yellow+square&n=12&photo=some+folder%2Fa+red+star.png")
-    assert visitor.see("#query")[0].get_attribute("value") == "yellow square"
-    assert visitor.see("#count")[0].get_attribute("value") == "12"
-    assert len(visitor.captions()) == 12 and visitor.captions()[0] == "a yellow square"
-    assert visitor.opened() and visitor.text("#photo h2") == "a red star"
-    visitor.keys(Keys.ESCAPE)
-    visitor.until(lambda: not visitor.opened())
-    visitor.until(lambda: visitor.fragment() == "#q=yellow square&n=12")  # after the close event
-    assert visitor.browser.title.startswith("yellow square")
+    browser.open(browser.url, "#q=yellow+square&n=12&photo=some+folder%2Fa+red+star.png")
+    assert browser.find("#query")[0].get_attribute("value") == "yellow square"
+    assert browser.find("#count")[0].get_attribute("value") == "12"
+    assert len(browser.captions()) == 12 and browser.captions()[0] == "a yellow square"
+    assert browser.opened() and browser.text("#photo h2") == "a red star"
+    browser.keys(Keys.ESCAPE)
+    browser.until(lambda: not browser.opened())
+    browser.until(lambda: browser.fragment() == "#q=yellow square&n=12")  # after the close event
+    assert browser.browser.title.startswith("yellow square")
 
 
-def test_a_query_is_one_step_back(visitor: Visitor) -> None:
-    """Letters of one query are one entry of the history; the query before is one step back."""
-    visitor.type("green ring")
-    visitor.keys("\ue007")  # Enter: this query is done
-    visitor.type("blue star")
-    visitor.browser.back()
-    visitor.until(lambda: visitor.settled("green ring"))
-    visitor.browser.back()
-    visitor.until(lambda: visitor.settled(""))
-    visitor.browser.forward()
-    visitor.browser.forward()
-    visitor.until(lambda: visitor.settled("blue star"))
+def test_a_query_is_one_step_back(browser: Browser) -> None:
+    """The letters of a query are one history entry; back goes to the query before."""
+    browser.type("green ring")
+    browser.keys("\ue007")  # Enter ends the query
+    browser.type("blue star")
+    browser.browser.back()
+    browser.until(lambda: browser.settled("green ring"))
+    browser.browser.back()
+    browser.until(lambda: browser.settled(""))
+    browser.browser.forward()
+    browser.browser.forward()
+    browser.until(lambda: browser.settled("blue star"))
 
 
-def test_number_of_results(visitor: Visitor) -> None:
-    """12 to 96, kept in the address; never more than there are photos."""
-    visitor.type("heart")
+def test_number_of_results(browser: Browser) -> None:
+    """12 to 96 results can be shown, and the number is kept in the URL."""
+    browser.type("heart")
     for number, shown in ((12, 12), (96, 36), (48, 36)):
-        visitor.js("countBox.value = arguments[0];"
+        browser.js("countBox.value = arguments[0];"
                    "countBox.dispatchEvent(new Event('change'))", number)
-        visitor.until(lambda n=number: f"&n={n}" in visitor.fragment()
-                      and visitor.js("return JSON.parse(drawn)[1]") == n)
-        assert len(visitor.captions()) == shown
+        browser.until(lambda n=number: f"&n={n}" in browser.fragment()
+                      and browser.js("return JSON.parse(drawn)[1]") == n)
+        assert len(browser.captions()) == shown
 
 
-def test_an_unknown_word_and_what_is_near(visitor: Visitor) -> None:
-    """It is marked on each result and named with near spellings; a click replaces it."""
-    visitor.type("red bench, on the baech")
-    assert visitor.captions()
-    assert visitor.text("#results .unknown .word") == "baech"
-    note = visitor.see("#notes p")[1]
-    assert note.text.startswith("baech is unknown") and "beach" in note.text
-    visitor.see("#notes a")[0].click()
-    visitor.until(lambda: visitor.settled("red bench on the beach"))
-    assert not visitor.see("#results .unknown") and visitor.focus() == "input#query "
-    # Begun, misspelt by one or two, swapped; words of the language itself; no near word at all.
-    near = {word: visitor.js("return nearWords(arguments[0])", word)
+def test_unknown_words_and_suggestions(browser: Browser) -> None:
+    """An unknown word is marked and similar words are offered; a click replaces it."""
+    browser.type("red bench, on the baech")
+    assert browser.captions()
+    assert browser.text("#results .unknown .word") == "baech"
+    note = browser.find("#notes p")[1]
+    assert note.text.startswith("baech is not in the vocabulary") and "beach" in note.text
+    browser.find("#notes a")[0].click()
+    browser.until(lambda: browser.settled("red bench on the beach"))
+    assert not browser.find("#results .unknown") and browser.focus() == "input#query "
+    # Prefixes, one or two edits, swaps, JavaScript properties, and words without a suggestion.
+    near = {word: browser.js("return nearWords(arguments[0])", word)
             for word in ("runn", "purpel", "crcle", "сhайка", "constructo", "zzzzzzzz", "x" * 5000)}
     assert near["runn"] == ["running", "runner"] and near["purpel"][0] == "purple"
     assert near["crcle"] == ["circle"] and near["constructo"] == ["constructor"]
     assert near["zzzzzzzz"] == near["x" * 5000] == []
 
 
-def test_near_words_are_pythons(visitor: Visitor, tmp_path: Path, world: dict) -> None:
-    """search.py and the page have one rule: the same words, in the same order."""
+def test_near_words_equal_python(browser: Browser, tmp_path: Path, arguments: dict) -> None:
+    """The page and search.py suggest the same words in the same order."""
     rng = np.random.default_rng(0)
 
     def words(count: int) -> list[str]:
@@ -788,117 +790,118 @@ def test_near_words_are_pythons(visitor: Visitor, tmp_path: Path, world: dict) -
 
     known = list(dict.fromkeys([*WORDS[2:], *words(600)]))
     write_page(tmp_path / "album", **{
-        **world, "words": WORDS[:2] + known,
+        **arguments, "words": WORDS[:2] + known,
         "word_embeddings": np.ones((2 + len(known), DIM), np.float32)})
-    visitor.open((tmp_path / "album" / "index.html").as_uri())
+    browser.open((tmp_path / "album" / "index.html").as_uri())
     asked = [*words(600), "runn", "purpel", "crcle", "сhайка", "constructo", "zzzzzzzz", "x" * 5000,
              *(word[:i] + word[i + 1:] for word in known[:30] for i in range(len(word)))]
-    found = visitor.js("return arguments[0].map((word) => nearWords(word))", asked)
+    found = browser.js("return arguments[0].map((word) => nearWords(word))", asked)
     assert found == [near_words(word, known) for word in asked]
     assert sum(map(bool, found)) > 500 and sum(map(len, found)) > 1500
     pairs = [(a, b) for a, b in zip(asked, reversed(asked), strict=True) if len(a + b) < 50]
-    assert visitor.js("return arguments[0].map(([a, b]) => editDistance([...a], [...b]))", pairs) \
+    assert browser.js("return arguments[0].map(([a, b]) => editDistance([...a], [...b]))", pairs) \
         == [edit_distance(a, b) for a, b in pairs]
 
 
-def test_only_unknown_words_rank_nothing(visitor: Visitor) -> None:
-    """No random ranking: the words are named instead."""
-    visitor.type("hart")
-    assert visitor.captions() == [] and "has not learned this word" in visitor.text("#notes")
-    assert [link.text for link in visitor.see("#notes a")] == ["heart"]
-    visitor.type("qqq www xyz vvv kkk jjj")
-    assert visitor.captions() == [] and "none of these words" in visitor.text("#notes")
-    assert "2 more unknown" in visitor.text("#notes")
-    visitor.type("?!… 👍")
-    assert "There is no word in this" in visitor.text("#notes") and len(visitor.captions()) == 24
-    for word in ("toString", "hasOwnProperty", "proto"):  # no words just because objects have them
-        visitor.type(word)
-        assert visitor.captions() == []
+def test_only_unknown_words_rank_nothing(browser: Browser) -> None:
+    """Without a known word nothing is ranked, and the words are named."""
+    browser.type("hart")
+    assert browser.captions() == []
+    assert "This word is not in the vocabulary" in browser.text("#notes")
+    assert [link.text for link in browser.find("#notes a")] == ["heart"]
+    browser.type("qqq www xyz vvv kkk jjj")
+    assert browser.captions() == [] and "None of these words" in browser.text("#notes")
+    assert "2 more words" in browser.text("#notes")
+    browser.type("?!… 👍")
+    assert "The query has no words" in browser.text("#notes") and len(browser.captions()) == 24
+    for word in ("toString", "hasOwnProperty", "proto"):  # properties of objects are not words
+        browser.type(word)
+        assert browser.captions() == []
 
 
-def test_an_absurdly_long_query(visitor: Visitor) -> None:
-    """Only the first words count, as in training, and the page says so; a megabyte does no harm."""
-    visitor.type("red star " + "blue " * 10)
-    assert f"first {CONTEXT_LENGTH} words count, 4 left out" in visitor.text("#notes")
-    assert len(visitor.see("#results .card:first-child .shares li")) == CONTEXT_LENGTH
-    visitor.open(visitor.url, "#q=" + "red+star+" * 100_000)
-    assert len(visitor.see("#query")[0].get_attribute("value")) == 2000
-    assert len(visitor.captions()) == 24
+def test_a_very_long_query(browser: Browser) -> None:
+    """Only the first words are used, and the page says so."""
+    browser.type("red star " + "blue " * 10)
+    assert f"first {CONTEXT_LENGTH} words are used, 4 are ignored" in browser.text("#notes")
+    assert len(browser.find("#results .card:first-child .contributions li")) == CONTEXT_LENGTH
+    browser.open(browser.url, "#q=" + "red+star+" * 100_000)
+    assert len(browser.find("#query")[0].get_attribute("value")) == 2000
+    assert len(browser.captions()) == 24
 
 
-def test_nothing_typed_yet(visitor: Visitor) -> None:
-    """An empty query says what this is, offers examples that work, and shows some photos."""
-    assert "36 photos" in visitor.text("#intro") and len(visitor.captions()) == 24
-    assert not visitor.see("#results .score") and not visitor.see("#results .shares li")
-    examples = visitor.see(".examples a")
+def test_an_empty_query(browser: Browser) -> None:
+    """Without a query the page shows an introduction, examples and some images."""
+    assert "36 photos" in browser.text("#intro") and len(browser.captions()) == 24
+    assert not browser.find("#results .score") and not browser.find("#results .contributions li")
+    examples = browser.find(".examples a")
     assert len(examples) == 6
     text = examples[2].text
     examples[2].click()
-    visitor.until(lambda: visitor.settled(text))
-    assert visitor.captions()[0] == text and not visitor.see("#intro")[0].is_displayed()
-    visitor.see("h1 a")[0].click()
-    visitor.until(lambda: visitor.settled("") and visitor.see("#intro")[0].is_displayed())
+    browser.until(lambda: browser.settled(text))
+    assert browser.captions()[0] == text and not browser.find("#intro")[0].is_displayed()
+    browser.find("h1 a")[0].click()
+    browser.until(lambda: browser.settled("") and browser.find("#intro")[0].is_displayed())
 
 
 def tame(text: str) -> str:
-    """The oracle: text as the page shows it."""
+    """Return the text as the page shows it; the reference implementation."""
     text = re.sub(r"[\s\ufeff]+", " ", re.sub("[\ud800-\udfff]", "\ufffd", text)).strip()
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 def test_hostile_names_and_captions_are_text(
-    visitor: Visitor, tmp_path: Path, world: dict
+    browser: Browser, tmp_path: Path, arguments: dict
 ) -> None:
-    """Shown as they are, but for what turns or hides text; nothing runs, nothing is fetched."""
+    """Hostile names and captions are shown as text; nothing runs, nothing is fetched."""
     captions = [[name, name] for name in HOSTILE]
-    write_page(tmp_path / "album", **tiled(world, len(HOSTILE)) | {
+    write_page(tmp_path / "album", **tiled(arguments, len(HOSTILE)) | {
         "names": HOSTILE, "captions": captions, "title": "<b>{{data}}</b>"})
-    visitor.open((tmp_path / "album" / "index.html").as_uri(), "#n=96")
-    assert visitor.text("h1") == "<b>{{data}}</b>"
-    visitor.type("red circle")
-    shown = visitor.captions()
+    browser.open((tmp_path / "album" / "index.html").as_uri(), "#n=96")
+    assert browser.text("h1") == "<b>{{data}}</b>"
+    browser.type("red circle")
+    shown = browser.captions()
     tokens = [re.sub(r" +([.,;:!?])(?=\s|$)", r"\1", tame(name)) for name in HOSTILE]
     assert len(shown) == len(HOSTILE) and set(shown) == {
         caption or tame(name) for caption, name in zip(tokens, HOSTILE, strict=True)}
-    for i, name in enumerate(HOSTILE):  # each opened, by its address, and those like it drawn
-        visitor.js("go({ photo: photos.names[arguments[0]] })", i)
-        visitor.until(lambda i=i: visitor.js("return !waiting && lastPhoto === arguments[0]", i))
-        assert visitor.js("return dialog.querySelector('.name').textContent") == tame(name)
-        assert visitor.js("return readAddress().photo === photos.names[arguments[0]]", i)
-    harmless(visitor)
+    for i, name in enumerate(HOSTILE):  # open each one
+        browser.js("go({ photo: photos.names[arguments[0]] })", i)
+        browser.until(lambda i=i: browser.js("return !waiting && lastPhoto === arguments[0]", i))
+        assert browser.js("return dialog.querySelector('.name').textContent") == tame(name)
+        assert browser.js("return readAddress().photo === photos.names[arguments[0]]", i)
+    check_harmless(browser)
 
 
-def harmless(visitor: Visitor) -> None:
-    """Nothing on the page came of markup, and every link leads to the page itself."""
-    assert visitor.see("script:not([src]), style, iframe, object, base, form[action], #results svg"
+def check_harmless(browser: Browser) -> None:
+    """Check that no markup was created, and that every link leads to the page itself."""
+    assert browser.find("script:not([src]), style, iframe, object, base, form[action], #results svg"
                        ) == []
-    assert visitor.js("""
+    assert browser.js("""
         return [...document.querySelectorAll('*')].flatMap((node) => [...node.attributes])
           .filter(({ name }) => name.startsWith('on') || name === 'srcdoc').length""") == 0
-    links = visitor.js("return [...document.querySelectorAll('a')].map((a) => a.href)")
-    assert links and all(link.startswith(visitor.url + "#") for link in links)
-    images = visitor.js("return [...document.images].map((image) => image.getAttribute('src'))")
+    links = browser.js("return [...document.querySelectorAll('a')].map((a) => a.href)")
+    assert links and all(link.startswith(browser.url + "#") for link in links)
+    images = browser.js("return [...document.images].map((image) => image.getAttribute('src'))")
     assert all(re.fullmatch(r"[tf]/[0-9a-f]{20}_\d+x\d+\.jpg", source) for source in images)
 
 
-def test_hostile_addresses_and_queries(visitor: Visitor) -> None:
-    """Whatever stands after the page's address is a text to search for, or a photo not there."""
+def test_hostile_urls_and_queries(browser: Browser) -> None:
+    """Any URL fragment is a query or the name of an image."""
     for text in (re.sub("[\ud800-\udfff]", "\ufffd", text) for text in HOSTILE):
         for fragment in ("#q=" + quote(text), f"#q={text}", f"#{text}", "#photo=" + quote(text)):
-            visitor.js("location.hash = arguments[0]", fragment)
-            visitor.until(lambda: visitor.js("return !waiting && !state.photo"
+            browser.js("location.hash = arguments[0]", fragment)
+            browser.until(lambda: browser.js("return !waiting && !state.photo"
                                              " && state.text === readAddress().text"))
-        harmless(visitor)
-    base = visitor.url
+        check_harmless(browser)
+    base = browser.url
     for text in (f"<img src=x onerror={RUN}>", f"javascript:{RUN}", f"</script><script>{RUN}"):
         for address in (f"?q={text}#q={text}", f"?{text}", f"#q={quote(text)}&photo={quote(text)}"):
-            visitor.open(base, address)
-            assert visitor.js("return window.ran") is None
+            browser.open(base, address)
+            assert browser.js("return window.ran") is None
 
 
 @pytest.fixture()
-def elsewhere() -> Iterator[tuple[str, list[str]]]:
-    """A server that the page has nothing to do with: its address, and what it was asked for."""
+def other_server() -> Iterator[tuple[str, list[str]]]:
+    """Return another server: its URL, and the list of its requests."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -919,10 +922,10 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
             thread.join()
 
 
-def test_the_policy_holds(visitor: Visitor, elsewhere: tuple[str, list[str]]) -> None:
-    """Were markup to slip in, the browser would refuse inline script and what is elsewhere."""
-    address, asked = elsewhere
-    visitor.js("""
+def test_the_content_security_policy(browser: Browser, other_server: tuple[str, list[str]]) -> None:
+    """The content security policy blocks inline scripts and foreign requests."""
+    address, asked = other_server
+    browser.js("""
         const [address, run] = arguments;
         window.refused = [];
         addEventListener("securitypolicyviolation", (event) =>
@@ -949,67 +952,67 @@ def test_the_policy_holds(visitor: Visitor, elsewhere: tuple[str, list[str]]) ->
         """, address, RUN)
     expected = ["connect-src", "frame-src", "img-src", "require-trusted-types-for",
                 "style-src-elem", "threw"]
-    visitor.until(lambda: sorted(set(visitor.js("return refused"))) == expected)
-    assert asked == [] and visitor.js("return window.ran") is None
-    visitor.open(visitor.url)  # the refusals are in the log of the page before
+    browser.until(lambda: sorted(set(browser.js("return refused"))) == expected)
+    assert asked == [] and browser.js("return window.ran") is None
+    browser.open(browser.url)  # clears the log of the refusals
 
 
-def test_over_http(visitor: Visitor, served: tuple[subprocess.Popen, int]) -> None:
-    """The same page works from a server, under the same policy."""
-    visitor.open(f"http://127.0.0.1:{served[1]}/", "#q=orange+heart")
-    assert visitor.captions()[0] == "a orange heart"
-    image = visitor.see("#results img")[0]
-    visitor.until(lambda: visitor.js("return arguments[0].naturalWidth", image) > 0)
+def test_over_http(browser: Browser, served: tuple[subprocess.Popen, int]) -> None:
+    """The same page works over HTTP, under the same policy."""
+    browser.open(f"http://127.0.0.1:{served[1]}/", "#q=orange+heart")
+    assert browser.captions()[0] == "a orange heart"
+    image = browser.find("#results img")[0]
+    browser.until(lambda: browser.js("return arguments[0].naturalWidth", image) > 0)
 
 
-def test_a_missing_part_is_told(visitor: Visitor, album: Path, tmp_path: Path) -> None:
-    """A copy without one data file still searches the rest, and says what is missing."""
+def test_a_missing_file_is_named(browser: Browser, album: Path, tmp_path: Path) -> None:
+    """Without one data file the page searches the rest and names the missing file."""
     shutil.copytree(album, tmp_path / "copy")
     (tmp_path / "copy" / "data" / "photos-001.js").unlink()
-    visitor.browser.get((tmp_path / "copy" / "index.html").as_uri() + "#q=red+ring")
-    visitor.until(lambda: visitor.captions() and visitor.text("#missing"))
-    assert "data/photos-001.js" in visitor.text("#missing")
-    assert visitor.captions()[0] == "a red ring" and "first 20 of 36" in visitor.text("#notes")
-    visitor.open(album.joinpath("index.html").as_uri())
+    browser.browser.get((tmp_path / "copy" / "index.html").as_uri() + "#q=red+ring")
+    browser.until(lambda: browser.captions() and browser.text("#missing"))
+    assert "data/photos-001.js" in browser.text("#missing")
+    assert browser.captions()[0] == "a red ring" and "first 20 of 36" in browser.text("#notes")
+    browser.open(album.joinpath("index.html").as_uri())
 
 
-def test_narrow_and_dark(visitor: Visitor) -> None:
-    """Nothing overflows a screen of 320 pixels; colors follow the reader's wish."""
-    send = visitor.browser.execute_cdp_cmd
+def test_narrow_and_dark(browser: Browser) -> None:
+    """Nothing overflows 320 pixels; colors follow the color scheme."""
+    send = browser.browser.execute_cdp_cmd
     send("Emulation.setDeviceMetricsOverride",
          {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True})
     try:
         for fragment in ("", "#q=red+ring+on+the+baech", "#q=ring&photo=some+folder/a+red+ring.png",
                          "#q=" + "x" * 300):
-            visitor.open(visitor.url, fragment)
-            assert visitor.js("return document.documentElement.scrollWidth") <= 320
-            assert visitor.js("return dialog.scrollWidth <= dialog.clientWidth")
-        ground = visitor.js("return getComputedStyle(document.body).backgroundColor")
+            browser.open(browser.url, fragment)
+            assert browser.js("return document.documentElement.scrollWidth") <= 320
+            assert browser.js("return dialog.scrollWidth <= dialog.clientWidth")
+        ground = browser.js("return getComputedStyle(document.body).backgroundColor")
         send("Emulation.setEmulatedMedia",
              {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
-        assert visitor.js("return getComputedStyle(document.body).backgroundColor") != ground
+        assert browser.js("return getComputedStyle(document.body).backgroundColor") != ground
     finally:
         send("Emulation.setEmulatedMedia", {"features": []})
         send("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_for_screen_readers(visitor: Visitor) -> None:
-    """Every control and picture has a name, and what is found is announced."""
-    visitor.type("red ring")
-    visitor.see("#results .card a")[1].click()
-    visitor.until(visitor.opened)
-    tree = visitor.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+def test_for_screen_readers(browser: Browser) -> None:
+    """Every control and image has a name, and results are announced."""
+    browser.type("red ring")
+    browser.find("#results .card a")[1].click()
+    browser.until(browser.opened)
+    tree = browser.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = {"link", "button", "searchbox", "combobox", "image", "dialog", "list"}
     nodes = [(node["role"]["value"], node.get("name", {}).get("value", ""))
              for node in tree if not node["ignored"] and node.get("role")]
     named = [role for role, name in nodes if name]
-    assert ("dialog", visitor.text("#photo h2")) in nodes
+    assert ("dialog", browser.text("#photo h2")) in nodes
     assert {"link", "button", "image", "list"} <= set(named)
-    visitor.browser.back()
-    visitor.until(lambda: not visitor.opened())
-    tree = visitor.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    browser.browser.back()
+    browser.until(lambda: not browser.opened())
+    tree = browser.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     nodes += [(node["role"]["value"], node.get("name", {}).get("value", ""))
               for node in tree if not node["ignored"] and node.get("role")]
-    assert ("searchbox", "Describe a picture") in nodes and ("search", "") in nodes
+    assert ("searchbox", "Describe a photo") in nodes and ("search", "") in nodes
     assert "status" in {role for role, _ in nodes}
     assert [role for role, name in nodes if role in roles - {"list"} and not name] == []

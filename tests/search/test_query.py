@@ -1,4 +1,4 @@
-"""A text as a query: shares that sum to the score, unknown words named."""
+"""Text queries: embeddings, contributions of words, spelling hints, and the word table."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ QUERIES = ["a red circle", "red", "red red red circle", "a zebra on a circle", "
 
 
 @pytest.fixture(scope="module")
-def towers() -> tuple[DualEncoder, Tokenizer]:
-    """A model with random weights and a small vocabulary."""
+def model_and_tokenizer() -> tuple[DualEncoder, Tokenizer]:
+    """Return a model with random weights and a small vocabulary."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_captions(["a red circle on a blue square"], 1, 8)
     return DualEncoder(ModelConfig(len(tokenizer), image_size=32, context_length=8)).eval(), \
@@ -37,41 +37,41 @@ def towers() -> tuple[DualEncoder, Tokenizer]:
 
 
 @pytest.fixture(scope="module")
-def table(towers: tuple[DualEncoder, Tokenizer]) -> WordTable:
-    """The word table of that model."""
-    model, tokenizer = towers
+def table(model_and_tokenizer: tuple[DualEncoder, Tokenizer]) -> WordTable:
+    """Return the word table of that model."""
+    model, tokenizer = model_and_tokenizer
     return WordTable("x", tokenizer.words, 8, {}, model.word_embeddings().numpy())
 
 
-def test_shares_sum_to_the_score(table: WordTable) -> None:
-    """For every query and photo the words' shares add up to the dot product of the embeddings."""
-    photos = np.random.default_rng(0).standard_normal((20, 256), dtype=np.float32)
-    photos /= np.linalg.norm(photos, axis=1, keepdims=True)
+def test_contributions_sum_to_the_score(table: WordTable) -> None:
+    """The contributions of the words sum to the dot product of the embeddings."""
+    images = np.random.default_rng(0).standard_normal((20, 256), dtype=np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
     for query in embed_queries(table, QUERIES):
-        shares = query.shares(photos)
-        assert shares.shape == (20, len(query.words))
-        np.testing.assert_allclose(shares.sum(1), photos @ query.embedding, atol=2e-6)
+        contributions = query.word_contributions(images)
+        assert contributions.shape == (20, len(query.words))
+        np.testing.assert_allclose(contributions.sum(1), images @ query.embedding, atol=2e-6)
 
 
-def test_embedding_is_the_models(
-    towers: tuple[DualEncoder, Tokenizer], table: WordTable
+def test_embedding_equals_encode_text(
+    model_and_tokenizer: tuple[DualEncoder, Tokenizer], table: WordTable
 ) -> None:
-    """A query's embedding is encode_text of its tokens, alone or among others."""
-    model, tokenizer = towers
+    """A query has the embedding that encode_text gives its tokens."""
+    model, tokenizer = model_and_tokenizer
     for query in embed_queries(table, QUERIES):
         with torch.no_grad():
             alone = model.encode_text(tokenizer.encode([query.text]))[0]
         np.testing.assert_allclose(query.embedding, alone, atol=1e-6)
 
 
-def test_words_past_the_context_length_do_not_count(table: WordTable) -> None:
-    """Only as many words as the model reads are listed."""
+def test_words_beyond_the_context_length_are_ignored(table: WordTable) -> None:
+    """Only the words that the model reads are listed."""
     (query,) = embed_queries(table, [QUERIES[-1]])
     assert query.words == ["circle"] * 8
 
 
 def test_unknown_words_are_named_once_in_order(table: WordTable) -> None:
-    """Words outside the vocabulary are listed, known ones are not."""
+    """Words outside the vocabulary are listed once, known words are not."""
     (query,) = embed_queries(table, ["zebra on a cirle zebra"])
     assert query.unknown == ["zebra", "cirle"]
     assert spelling_hints(query.unknown, table) == [
@@ -84,7 +84,7 @@ def test_unknown_words_are_named_once_in_order(table: WordTable) -> None:
 def test_a_query_without_a_known_word_is_an_error(
     table: WordTable, text: str
 ) -> None:
-    """No random ranking: the message shows the text and, where there are some, near spellings."""
+    """The message shows the text and, if there are any, similar words."""
     with pytest.raises(UserError, match="no word of"):
         embed_queries(table, [text])
 
@@ -93,12 +93,12 @@ def test_a_query_without_a_known_word_is_an_error(
 
 
 def fewest_edits(a: str, limit: int = 2) -> dict[str, int]:
-    """The oracle: every string over "abc" within `limit` edits of a, by trying them all.
+    """Return all strings over "abc" within `limit` edits of a, found by trying every edit.
 
-    No part is edited twice: an edit works on what is left of the source, and what is done is done.
+    No part is edited twice: an edit applies to the rest of the source.
     """
     found: dict[str, int] = {}
-    states = deque([("", a, 0)])  # what is done, what is left, edits so far
+    states = deque([("", a, 0)])  # result so far, rest of the source, edits
     while states:
         done, left, edits = states.popleft()
         if not left and edits < found.get(done, limit + 1):
@@ -117,13 +117,13 @@ def fewest_edits(a: str, limit: int = 2) -> dict[str, int]:
 
 @pytest.mark.parametrize("word", ["", "a", "ab", "ba", "abc", "caba", "aabbc", "abcab"])
 def test_edit_distance_is_the_fewest_edits(word: str) -> None:
-    """What one or two edits reach has that distance, in both directions."""
+    """Every string within two edits has that distance, in both directions."""
     for other, edits in fewest_edits(word).items():
         assert edit_distance(word, other) == edit_distance(other, word) == edits, other
 
 
 def test_edit_distance_of_examples() -> None:
-    """Known values; a part is not edited twice; letters outside the 16-bit plane are one."""
+    """Known values, also with letters beyond 16 bits."""
     for a, b, distance in [("kitten", "sitting", 3), ("ca", "abc", 3), ("baech", "beach", 1),
                            ("", "abc", 3), ("same", "same", 0), ("\U00010330a", "a\U00010330", 1)]:
         assert edit_distance(a, b) == edit_distance(b, a) == distance
@@ -134,19 +134,19 @@ KNOWN = ["a", "on", "run", "running", "beach", "runner", "bench", "bleach", "bea
 
 
 @pytest.mark.parametrize(("word", "near"), [
-    ("runn", ["running", "runner", "run"]),  # begun, then a mistake
+    ("runn", ["running", "runner", "run"]),  # prefixes, then an edit
     ("baech", ["beach", "bench", "bleach"]),
     ("teh", []), ("tre", ["tree"]), ("o", ["on"]), ("n", []), ("rin", ["ring", "rings", "run"]),
     ("rimg", ["ring"]), ("zzzzzzzz", []), ("x" * 5000, []),
     ("\U00010330\U00010331\U00010332\U00010333", [KNOWN[-1]]),
 ])
 def test_near_words(word: str, near: list[str]) -> None:
-    """What the word begins, then mistakes by number, then the vocabulary's order; four at most."""
+    """Prefixes come first, then edits by number, then the order of the vocabulary; at most four."""
     assert near_words(word, KNOWN) == near
 
 
-def test_near_words_leaves_out_nothing() -> None:
-    """What is skipped for speed could not have been near: the same as looking at every word."""
+def test_near_words_equal_an_exhaustive_search() -> None:
+    """The shortcuts for speed give the same words as comparing with every word."""
     rng = np.random.default_rng(0)
     known = list(dict.fromkeys("".join(rng.choice(list("abcd"), rng.integers(1, 8)))
                                for _ in range(300)))
@@ -163,14 +163,14 @@ def test_near_words_leaves_out_nothing() -> None:
 
 
 @pytest.fixture()
-def checkpoint(tmp_path: Path, towers: tuple[DualEncoder, Tokenizer]) -> Path:
-    """A checkpoint of the towers."""
-    save_checkpoint(tmp_path / "c.pth", *towers, args={"images": "photos", "seed": 3})
+def checkpoint(tmp_path: Path, model_and_tokenizer: tuple[DualEncoder, Tokenizer]) -> Path:
+    """Return a checkpoint of the model."""
+    save_checkpoint(tmp_path / "c.pth", *model_and_tokenizer, args={"images": "photos", "seed": 3})
     return tmp_path / "c.pth"
 
 
-def test_a_word_table_is_made_once(tmp_path: Path, checkpoint: Path, table: WordTable) -> None:
-    """The checkpoint is loaded once; later calls give the same; another checkpoint is noticed."""
+def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: WordTable) -> None:
+    """The checkpoint is loaded once; a changed checkpoint is detected."""
     loads = []
 
     def load() -> tuple:
@@ -198,20 +198,20 @@ def test_a_word_table_is_made_once(tmp_path: Path, checkpoint: Path, table: Word
     {"args": None}, {"context_length": "8"}, {"context_length": None}, {"embeddings": "c.pth"},
     {"embeddings": "/dev/zero"},
 ], ids=str)
-def test_a_damaged_word_table_is_made_anew(
+def test_a_damaged_word_table_is_built_again(
     tmp_path: Path, checkpoint: Path, change: dict, capsys: pytest.CaptureFixture
 ) -> None:
-    """Whatever stands in it, the table is the checkpoint's, and a line says what happened."""
+    """Whatever a damaged table holds, the result is that of the checkpoint."""
     whole = load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))
     file = tmp_path / "index" / "words.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    mended = load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))
-    assert (mended.words, mended.args) == (whole.words, whole.args)
-    assert "made anew" in capsys.readouterr().err
+    repaired = load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))
+    assert (repaired.words, repaired.args) == (whole.words, whole.args)
+    assert "built again" in capsys.readouterr().err
 
 
-def test_a_word_table_that_cannot_be_kept_is_told(tmp_path: Path, checkpoint: Path) -> None:
-    """A file in the folder's place: a message with another way."""
+def test_a_word_table_that_cannot_be_written_is_an_error(tmp_path: Path, checkpoint: Path) -> None:
+    """A file in the place of the folder is a user error."""
     (tmp_path / "index").write_text("a file")
     with pytest.raises(UserError, match="--index-dir"):
         load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))

@@ -1,4 +1,4 @@
-"""search.py and evaluate.py from end to end, on a model with random weights."""
+"""search.py and evaluate.py end to end, with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture()
 def trained(tmp_path: Path, tiny_data: tuple[Path, Path]) -> list[str]:
-    """A checkpoint over the tiny data; the arguments that name both."""
+    """Write a checkpoint for the tiny data; return the flags that name it."""
     images, annotations = tiny_data
     captions = [c for record in read_annotations(annotations).records for c in record.captions]
     tokenizer = Tokenizer.from_captions(captions, 1, 16)
@@ -44,14 +44,14 @@ def trained(tmp_path: Path, tiny_data: tuple[Path, Path]) -> list[str]:
 
 
 def results_of(capsys: pytest.CaptureFixture) -> list[dict]:
-    """The JSON lines that were printed."""
+    """Return the printed JSON lines."""
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_text_query_ranks_by_the_dot_product(
     trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Photos come in the order of their cosine with the text, as worked out one by one."""
+    """Images are in the order of their dot product with the text."""
     search.main(["a red thing", "--json", "--top", "99", *trained])
     (answer,) = results_of(capsys)
     model, tokenizer, content = load_checkpoint(
@@ -65,7 +65,7 @@ def test_text_query_ranks_by_the_dot_product(
     assert [r["rank"] for r in answer["results"]] == list(range(1, 13))
     for result in answer["results"]:
         assert result["score"] == pytest.approx(scores[result["path"]], abs=1e-5)
-        assert sum(share for _, share in result["shares"]) == pytest.approx(
+        assert sum(value for _, value in result["word_contributions"]) == pytest.approx(
             result["score"], abs=1e-6)
     listed = [r["score"] for r in answer["results"]]
     assert listed == sorted(scores.values(), reverse=True) or listed == pytest.approx(
@@ -76,7 +76,7 @@ def test_queries_come_from_arguments_file_and_standard_input(
     trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every non-blank line is a query of its own, with the answer it has alone."""
+    """Every line that is not blank is a query."""
     (tmp_path / "queries.txt").write_text("a blue thing\n\n  green things \n")
     search.main(["red", "--queries", str(tmp_path / "queries.txt"), "--json", *trained])
     together = results_of(capsys)
@@ -90,7 +90,7 @@ def test_queries_come_from_arguments_file_and_standard_input(
 def test_image_query_finds_itself_first(
     trained: list[str], tiny_data: tuple[Path, Path], capsys: pytest.CaptureFixture
 ) -> None:
-    """A photo of the index is most like itself, and captions of the file are ranked for it."""
+    """An image of the index is most similar to itself, and captions are ranked for it."""
     photo = sorted(tiny_data[0].iterdir())[4]
     search.main(["--image", str(photo), "--json", *trained])
     (answer,) = results_of(capsys)
@@ -100,10 +100,10 @@ def test_image_query_finds_itself_first(
     assert len(fits) == 5 and fits == sorted(fits, reverse=True)
 
 
-def test_people_read_rank_score_path_and_shares(
+def test_text_output(
     trained: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    """The text output names the query, the photos and, with --explain, the words."""
+    """The text output has rank, score and path, and with --explain the words."""
     search.main(["a red zebra", "--explain", "--top", "2", *trained])
     captured = capsys.readouterr()
     assert captured.out.startswith("a red zebra\n   1  ")
@@ -111,9 +111,9 @@ def test_people_read_rank_score_path_and_shares(
     assert "'zebra' is not in the vocabulary" in captured.err
 
 
-def test_sheet_is_a_picture(trained: list[str], tiny_data: tuple[Path, Path],
+def test_sheet(trained: list[str], tiny_data: tuple[Path, Path],
                             tmp_path: Path) -> None:
-    """--sheet draws a row a query, texts and photos alike."""
+    """--sheet draws one row per query."""
     photo = next(tiny_data[0].iterdir())
     search.main(["red", "--image", str(photo), "--sheet", str(tmp_path / "s.png"), "--top", "3",
                  *trained])
@@ -130,7 +130,7 @@ def test_sheet_is_a_picture(trained: list[str], tiny_data: tuple[Path, Path],
     (["--queries", "nowhere.txt"], "cannot read nowhere.txt"),
 ])
 def test_mistakes_name_their_cure(trained: list[str], argv: list[str], cure: str) -> None:
-    """A user's mistake is a UserError that says what to do."""
+    """User errors say what to do."""
     with pytest.raises(UserError, match=cure):
         search.main([*argv, *trained])
 
@@ -138,8 +138,7 @@ def test_mistakes_name_their_cure(trained: list[str], argv: list[str], cure: str
 def test_a_second_search_imports_nothing_heavy(
     trained: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    """A text over an index that is up to date is answered without torch, Pillow or a model, and
-    with the same answer."""
+    """With an index that is up to date a text query imports neither torch nor Pillow."""
     search.main(["a red thing", "--json", *trained])
     first = results_of(capsys)
     code = ("import sys, search; search.main(sys.argv[1:]); "
@@ -151,8 +150,8 @@ def test_a_second_search_imports_nothing_heavy(
     assert [json.loads(answer)] == first and heavy == "[]"
 
 
-def test_the_commands_exit_status_is_two_without_traceback(tmp_path: Path) -> None:
-    """From the shell, a mistake is one message on standard error."""
+def test_user_errors_have_status_two(tmp_path: Path) -> None:
+    """A user error is one message on standard error and status 2."""
     done = subprocess.run(
         [sys.executable, "search.py", "red", "--results-dir", str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True)
@@ -161,7 +160,7 @@ def test_the_commands_exit_status_is_two_without_traceback(tmp_path: Path) -> No
 
 
 def brute_force(similarity: np.ndarray, image_index: list[int]) -> dict[str, float]:
-    """Recall@K, median and mean rank with loops, ties against the model."""
+    """Return recall, median and mean rank computed with loops; ties count against the model."""
     n_captions, n_images = similarity.shape
     text_to_image = [
         1 + sum(similarity[c, i] >= similarity[c, image_index[c]]
@@ -186,8 +185,7 @@ def test_evaluate_equals_a_brute_force_loop(
     trained: list[str], tiny_data: tuple[Path, Path], tmp_path: Path, split: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """The JSON holds, to the last digit, what loops over the same embeddings give; the split is
-    that of the training run, the captions uneven and some of them equal."""
+    """The JSON report equals loops over the same embeddings, for an uneven data set."""
     images, annotations = tiny_data
     kept = [line for n, line in enumerate(annotations.read_text().splitlines()) if n % 4 or n < 2]
     annotations.write_text("\n".join(kept))
@@ -199,7 +197,7 @@ def test_evaluate_equals_a_brute_force_loop(
         records = split_by_image(records, 0.25, 3)["val"]
     captions = [caption for record in records for caption in record.captions]
     owners = [i for i, record in enumerate(records) for _ in record.captions]
-    assert (report["photos"], report["captions"]) == (len(records), len(captions))
+    assert (report["images"], report["captions"]) == (len(records), len(captions))
     squares = np.stack([load_resized(images / r.name, store_size(32)) for r in records])
     photos = embed_pixels(model, torch.from_numpy(squares))
     with torch.no_grad():
@@ -210,7 +208,7 @@ def test_evaluate_equals_a_brute_force_loop(
     assert "median rank" in capsys.readouterr().out
 
 
-def test_evaluate_refuses_a_split_that_is_not_there(trained: list[str]) -> None:
-    """A caption file without test photos is told, with what there is."""
-    with pytest.raises(UserError, match="no test photos; there are: train, val"):
+def test_evaluate_refuses_a_missing_split(trained: list[str]) -> None:
+    """A missing split is reported with the available ones."""
+    with pytest.raises(UserError, match="no test images, only: train, val"):
         evaluate.main(["--split", "test", *trained])

@@ -1,6 +1,6 @@
-"""Photos, names, captions and files of every odd and hostile kind, and what must become of each.
+"""Odd and malicious images, names, captions and files, with the expected outcome of each.
 
-Tests and `tests/stress/faults.py` put them in front of the scripts.
+Used by the tests of `src/data` and by `tests/stress/faults.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.tiny_data import noise
 
 READ, UNREADABLE, MISSING, REJECTED = ("read", "images unreadable", "images missing",
                                        "caption rows rejected")
@@ -43,37 +45,67 @@ GOOD_CAPTIONS = [
 
 
 def plain(seed: int, height: int = 40, width: int = 40) -> Image.Image:
-    """A picture of a color with some noise."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, 3) + rng.integers(-30, 30, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    """Return an ordinary image."""
+    return Image.fromarray(noise(seed, height, width))
+
+
+def make_profile(
+    primaries: tuple[tuple[float, float, float], ...], gamma: float = 2.2, space: bytes = b"RGB "
+) -> bytes:
+    """Return an ICC profile with three XYZ (D50) primaries, or of gray, and one gamma."""
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    tags = {b"wtpt": (0.9642, 1.0, 0.8249)}
+    tags |= dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=False))
+    parts = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in xyz))
+             for name, xyz in tags.items()}
+    parts |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC") if primaries else (b"kTRC",), curve)
+    text = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)
+    parts[b"desc"] = text + bytes(-len(text) % 4)
+    parts[b"cprt"] = b"text" + bytes(4) + b"none" + bytes(4)
+    table, body, start = struct.pack(">I", len(parts)), b"", 128 + 4 + 12 * len(parts)
+    for name, part in parts.items():
+        table += name + struct.pack(">II", start + len(body), len(part))
+        body += part
+    header = (struct.pack(">I", start + len(body)) + b"lcms" + struct.pack(">I", 0x02400000)
+              + b"mntr" + space + b"XYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp"
+              + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48))
+    return header + table + body
+
+
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+
+
+def swapped_profile() -> bytes:
+    """Return a profile in which red and green of sRGB are exchanged."""
+    return make_profile((GREEN, RED, BLUE))
 
 
 def flat_jpeg(side: int) -> bytes:
-    """A whole grey JPEG of any side that 16 divides, without the memory to make one."""
+    """Return a valid gray JPEG of side x side pixels, side divisible by 16, without decoding it."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 128).save(buffer, "JPEG")
     content = buffer.getvalue()
     size, scan = content.index(b"\xff\xc0") + 5, content.index(b"\xff\xda") + 2
     scan += struct.unpack(">H", content[scan : scan + 2])[0]
-    # A block like the one before it is 001010 in JPEG's standard codes; four of them, three bytes.
+    # A block that equals the previous one has the standard JPEG code 001010: three bytes for four.
     return (content[:size] + struct.pack(">HH", side, side) + content[size + 4 : scan]
             + b"\x28\xa2\x8a" * (side // 16) ** 2 + b"\xff\xd9")
 
 
-def huge_png(side: int = 30_000) -> bytes:
-    """A file of a few bytes that claims side x side pixels."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (struct.pack(">I", len(data)) + kind + data
-                + struct.pack(">I", zlib.crc32(kind + data)))
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def huge_png(side: int = 30_000) -> bytes:
+    """Return a PNG file of a few bytes whose header claims side x side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+            + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
 
 
 def huge_jpeg(side: int = 30_000) -> bytes:
-    """A small file that claims side x side pixels, progressive: gigabytes while it is decoded."""
+    """Return a small progressive JPEG that claims side x side pixels: gigabytes to decode."""
     content = bytearray(encoded(plain(0), "JPEG", progressive=True))
     header = content.index(b"\xff\xc2")
     content[header + 5 : header + 9] = struct.pack(">HH", side, side)
@@ -81,23 +113,23 @@ def huge_jpeg(side: int = 30_000) -> bytes:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The picture as a file."""
+    """Return an image as the content of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def write_photos(folder: Path) -> dict[str, str]:
-    """Write photos of every odd kind below `folder`: name -> what must become of it."""
+def write_odd_images(folder: Path) -> dict[str, str]:
+    """Write odd images below `folder`, and return the expected outcome of each name."""
     clear = plain(1).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize((40, 40)))
     exif = Image.Exif()
     exif[274] = 6
-    grey16 = Image.fromarray(np.linspace(0, 65_535, 1600).astype(np.uint16).reshape(40, 40))
+    gray16 = Image.fromarray(np.linspace(0, 65_535, 1600).astype(np.uint16).reshape(40, 40))
     whole = encoded(plain(2, 300, 300), "JPEG")
     good = {
-        "grey.png": encoded(plain(3).convert("L"), "PNG"), "16 bit.png": encoded(grey16, "PNG"),
-        "16 bit.tif": encoded(grey16, "TIFF"), "bits.png": encoded(plain(3).convert("1"), "PNG"),
+        "gray.png": encoded(plain(3).convert("L"), "PNG"), "16 bit.png": encoded(gray16, "PNG"),
+        "16 bit.tif": encoded(gray16, "TIFF"), "bits.png": encoded(plain(3).convert("1"), "PNG"),
         "palette.gif": encoded(plain(3).convert("P"), "GIF"), "alpha.png": encoded(clear, "PNG"),
         "palette and alpha.png": encoded(clear.quantize(), "PNG"),
         "cmyk.jpg": encoded(plain(4).convert("CMYK"), "JPEG"),
@@ -112,7 +144,7 @@ def write_photos(folder: Path) -> dict[str, str]:
         **{name: encoded(plain(11 + i), "PNG") for i, name in enumerate(GOOD_NAMES)},
     }
     bad = {
-        "empty.jpg": b"", "text.jpg": b"no picture\n", "cut.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"", "text.jpg": b"not an image\n", "cut.jpg": whole[: len(whole) // 2],
         "bytes.jpg": bytes(range(256)), "start.jpg": whole[:20], "huge.png": huge_png(),
         "huge.jpg": huge_jpeg(), "page.html.jpg": b"<html><img src=x onerror=alert(1)>",
         "vector.jpg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -127,37 +159,40 @@ def write_photos(folder: Path) -> dict[str, str]:
     outside = folder.parent / "private.png"
     outside.write_bytes(encoded(plain(99), "PNG"))
     (folder / "link out.png").symlink_to(outside)
-    (folder / "link within.png").symlink_to("grey.png")
+    (folder / "link within.png").symlink_to("gray.png")
     (folder / "link to nothing.png").symlink_to(folder / "nothing")
     return {**dict.fromkeys(good, READ), **dict.fromkeys(bad, UNREADABLE), "link within.png": READ,
             "link out.png": UNREADABLE, "folder.jpg": MISSING, "pipe.jpg": MISSING,
-            "link to nothing.png": MISSING, "nowhere.jpg": MISSING}
+            "link to nothing.png": MISSING, "missing.jpg": MISSING}
 
 
-def write_world(folder: Path, n_plain: int = 24) -> tuple[Path, Path, dict[str, str], int]:
-    """Plain photos among all that is odd: (images, annotations, what must become, bad captions).
+def write_odd_dataset(
+    folder: Path, n_plain: int = 24
+) -> tuple[Path, Path, dict[str, str], int]:
+    """Write a dataset of ordinary and odd images.
 
-    What must become is of photos and names; of the bad captions, which are of a plain photo, every
-    one is rejected.
+    Returns:
+        The image folder, the caption file, the expected outcome of each image name, and the number
+        of bad captions, which all belong to an ordinary image and are to be rejected.
     """
     images, annotations = folder / "images", folder / "captions.json"
     images.mkdir(parents=True)
-    outcomes = write_photos(images) | BAD_NAMES
+    outcomes = write_odd_images(images) | BAD_NAMES
     for i in range(n_plain):
         outcomes[f"plain {i}.jpg"] = READ
         (images / f"plain {i}.jpg").write_bytes(encoded(plain(1000 + i), "JPEG"))
-    counts = {"one.png": 1, "grey.png": 50}
-    photos = [{"filename": name, "sentences": [
+    counts = {"one.png": 1, "gray.png": 50}
+    entries = [{"filename": name, "sentences": [
         {"raw": f"A {'red' if i % 2 else 'blue'} thing number {i} ."}
         for i in range(counts.get(name, 2 if outcomes[name] == READ else 1))]} for name in outcomes]
-    photos.append({"filename": "plain 0.jpg",
-                   "sentences": [{"raw": caption} for caption in GOOD_CAPTIONS + BAD_CAPTIONS]})
-    annotations.write_text(json.dumps({"images": photos}))
+    entries.append({"filename": "plain 0.jpg",
+                    "sentences": [{"raw": caption} for caption in GOOD_CAPTIONS + BAD_CAPTIONS]})
+    annotations.write_text(json.dumps({"images": entries}))
     return images, annotations, outcomes, len(BAD_CAPTIONS)
 
 
 def packed(files: dict[str, str]) -> bytes:
-    """A zip file, as .xlsx is one."""
+    """Return a zip archive, such as an .xlsx file is."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
@@ -166,10 +201,10 @@ def packed(files: dict[str, str]) -> bytes:
 
 
 def other_files() -> dict[str, bytes]:
-    """Files that are no caption file, by name."""
+    """Return the contents of files that are not caption files, by name."""
     return {
         "empty.csv": b"", "blank.csv": b" \n\r\n\t", "mark.csv": b"\xef\xbb\xbf",
-        "photo.csv": encoded(plain(0), "JPEG"), "picture.csv": encoded(plain(0), "PNG"),
+        "photo.csv": encoded(plain(0), "JPEG"), "image.csv": encoded(plain(0), "PNG"),
         "table.xlsx": packed({"xl/workbook.xml": "<workbook/>"}), "page.pdf": b"%PDF-1.7\n\xff\xfe",
         "other.csv": b"id;price\n1;2\n", "numbers.csv": b"a,b,c\n1,2,3\n", "prose.txt": b"A dog .",
         "wide.csv": "image_name| comment_number| comment\na.jpg| 0| x\n".encode("utf-16"),

@@ -149,7 +149,7 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
              "--precision", "float32"]
     ran = torchrun("train.py", *flags, "--results-dir", str(tmp_path / "two"))
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("epoch 1: loss") == 1 and ran.stdout.count("train: 9 images") == 1
+    assert ran.stdout.count("\nepoch    loss") == 1 and ran.stdout.count("train: 9 images") == 1
     assert train.main([*flags, "--results-dir", str(tmp_path / "one")]) == 0
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
@@ -231,7 +231,7 @@ def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
     for ran in runs:
         assert ran.returncode == 0, ran.stderr
         assert [result["path"] for result in json.loads(ran.stdout)["results"]] == paths
-        assert ran.stderr.count("003.png: not a picture") == 1
+        assert ran.stderr.count("003.png: not an image") == 1
 
 
 def test_a_failed_search_ends_all_its_processes(tmp_path, trained):

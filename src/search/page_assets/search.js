@@ -1,8 +1,8 @@
-// Photo search, the part without a page: the data, encoding a text, ranking the photos.
+// Photo search without the page: load the data, embed a text, rank the images.
 //
-// A text's embedding is the mean of its words' vectors at length 1, and a score is its dot product
-// with a photo's embedding. Data files next to this one call addWords once and addPhotos a few
-// times: scripts, since a page opened from disk may not fetch. view.js shows what comes of it.
+// The embedding of a text is the mean of its word vectors at unit length, and a score is its dot
+// product with the embedding of an image. The scripts in data/ call addWords once and addPhotos for
+// each block of images: a page opened from disk may not fetch. view.js displays the results.
 "use strict";
 
 const UNKNOWN = 1; // id of <unk>
@@ -10,10 +10,10 @@ const UNKNOWN = 1; // id of <unk>
 let dim = 0;
 let contextLength = 0;
 let examples = [];
-// Rows of vectors: int8 codes (rows, dim) and for each row the scale that makes floats of them.
+// Vectors: int8 codes (rows, dim), and for each row the scale that converts them to floats.
 const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
 const photos = {
-  total: 0, count: 0, // all, and those that have arrived
+  total: 0, count: 0, // images of the page, and how many of them are loaded
   names: [], captions: [], pictures: [], codes: null, scales: null,
 };
 
@@ -50,9 +50,9 @@ function addPhotos(data) {
     photos.pictures.push(data.pictures[i]);
   }
   photos.count = photos.names.length;
-  // Slow until the browser has compiled it: 20 ms of practice, so that no query is the first.
-  const enough = performance.now() + 20;
-  while (!first && performance.now() < enough) photosLike(0, 24);
+  // Run for 20 ms, so that the browser compiles the ranking before the first query.
+  const end = performance.now() + 20;
+  while (!first && performance.now() < end) photosLike(0, 24);
   schedule();
 }
 
@@ -67,7 +67,7 @@ function encode(text) {
   const ids = words.map((word) => vocabulary.ids.get(word) ?? UNKNOWN);
   const vector = new Float64Array(dim);
   for (const id of ids) addRow(vector, vocabulary, id);
-  const length = normalise(vector); // of the sum: the mean's number of words cancels out
+  const length = normalize(vector); // of the sum: the number of words cancels out
   return { words, ids, vector, length, leftOut: all.length - words.length };
 }
 
@@ -75,14 +75,14 @@ function addRow(vector, { codes, scales }, row) {
   for (let d = 0; d < dim; d++) vector[d] += codes[row * dim + d] * scales[row];
 }
 
-function normalise(vector) {
+function normalize(vector) {
   const length = Math.hypot(...vector) || 1;
   for (let d = 0; d < dim; d++) vector[d] /= length;
   return length;
 }
 
-// What each word adds to a photo's score: the score is their sum, exactly.
-function sharesOf(query, photo) {
+// What each word adds to the score of an image; the score is their exact sum.
+function contributionsOf(query, photo) {
   return query.ids.map((id) => {
     const a = id * dim, b = photo * dim;
     let dot = 0;
@@ -91,12 +91,12 @@ function sharesOf(query, photo) {
   });
 }
 
-// The k best of the photos that have arrived: [{photo, score}], best first, ties in their order.
+// The k best of the loaded images: [{photo, score}], best first, ties in the order of the images.
 //
-// In whole numbers, four photos at a time: half the time of floats, and a quarter of their memory.
-// The vector, of length 1, is counted in as many steps as 32 bits hold whatever the photo: no sum
-// is larger than the product of the lengths, and codes are no longer than 127 * sqrt(dim). These
-// are a million steps: scores move by a millionth, where rounding to int8 moves them a thousandth.
+// Integers, four images at a time, take half the time of floats and a quarter of their memory. The
+// unit vector is scaled so that no sum overflows 32 bits: a sum is at most the product of the
+// lengths, and the codes of an image have a length of at most 127 * sqrt(dim). The resolution is
+// about 1e-6, where rounding to int8 changes a score by 1e-3.
 function bestPhotos(vector, k) {
   const { count, codes, scales } = photos;
   const steps = 2 ** 31 / (127 * Math.sqrt(dim)) - dim;
@@ -132,12 +132,12 @@ function bestPhotos(vector, k) {
 function photosLike(photo, k) {
   const vector = new Float64Array(dim);
   addRow(vector, photos, photo);
-  normalise(vector); // rounding has moved it a little from 1
+  normalize(vector); // its length is not exactly 1 after rounding
   return bestPhotos(vector, k + 1).filter((other) => other.photo !== photo).slice(0, k);
 }
 
-// Insertions, deletions, replacements and swaps of neighbours that make a of b, arrays of letters:
-// as edit_distance of src/search/query.py.
+// The optimal string alignment distance of two arrays of letters, as edit_distance in
+// src/search/query.py: insertions, deletions, replacements and swaps of neighbors.
 function editDistance(a, b) {
   let before = [];
   let row = Array.from({ length: b.length + 1 }, (_, j) => j);
@@ -153,15 +153,14 @@ function editDistance(a, b) {
   return row[b.length];
 }
 
-const nearWordsOf = new Map(); // a longer query should not search for the same word again
+const nearWordsOf = new Map(); // results for words that were looked up before
 
-// Up to four known words that an unknown one may have meant, as near_words of src/search/query.py: first
-// those that it begins (one is still typing), then those one or two mistakes away (one for a word of
-// fewer than five letters, none for a single letter); of each the first in the vocabulary, which is
-// ordered by frequency.
+// Up to four known words that an unknown word may stand for, as near_words in src/search/query.py:
+// first the words that start with it, then those within one edit (words of two to four letters) or
+// two edits (longer words). Ties are in the order of the vocabulary, the most frequent first.
 function nearWords(word) {
   if (nearWordsOf.has(word)) return nearWordsOf.get(word);
-  const letters = [...word]; // not UTF-16's halves of letters
+  const letters = [...word]; // code points, not UTF-16 units
   const limit = letters.length < 2 ? 0 : letters.length < 5 ? 1 : 2;
   const found = [];
   for (const [other, id] of vocabulary.ids) {

@@ -1,17 +1,16 @@
-// Photo search, the page: what search.js finds, drawn; keys, clicks and the address.
+// Photo search, the page: draw what search.js finds; handle keys, clicks and the URL.
 //
-// Captions and names are data from strangers: they reach the page as text nodes and attributes
-// only, never as markup.
+// Captions and names are untrusted: they become text nodes and attributes, never markup.
 "use strict";
 
 const COUNTS = [12, 24, 48, 96];
-const ALIKE = 8; // photos shown as most like the open one
-const LONGEST_QUERY = 2000; // characters; far more than the words that count
+const ALIKE = 8; // similar images shown below an open one
+const LONGEST_QUERY = 2000; // characters; far more than the words that are used
 
-// ---- What is shown lives in the address, so that it can be shared and gone back to --------------
+// ---- The state is in the URL, so that it can be shared and the back button works ----------------
 
 let state = readAddress();
-let typing = false; // within one burst of typing the address is replaced, not added to
+let typing = false; // while a query is typed, its history entry is replaced
 
 function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
@@ -32,14 +31,14 @@ function addressOf(changes) {
   return `#${parts}`;
 }
 
-// `opened` counts the entries since the results were left: closing a photo goes back to them.
+// `opened` counts the history entries of opened images: closing an image goes back over them.
 function go(changes, { replace = false, opened = 0 } = {}) {
   const address = addressOf(changes);
   state = { ...state, ...changes };
   try {
     history[replace ? "replaceState" : "pushState"]({ opened }, "", address);
   } catch {
-    // Some browsers refuse after a hundred changes in a few seconds; the next one will be taken.
+    // Some browsers refuse a hundred changes in a few seconds; a later change sets the URL again.
   }
   schedule();
 }
@@ -64,14 +63,14 @@ const countBox = get("count");
 const list = get("results");
 const dialog = get("photo");
 const title = document.title;
-const cards = new Map(); // photo -> its <li>, kept while shown so that its picture is not redrawn
-let results = []; // what the list shows, in order
-let drawn = ""; // what it was drawn for
+const cards = new Map(); // image -> its <li>, kept while it is shown
+let results = []; // the hits in the list, in order
+let drawn = ""; // the state that is drawn
 let drawnPhoto = "";
 let lastPhoto = -1;
 let waiting = false;
 
-// Anything that changes asks for a drawing; there is one a frame at most.
+// Every change requests a drawing; there is at most one per frame.
 function schedule() {
   if (waiting) return;
   waiting = true;
@@ -81,7 +80,7 @@ function schedule() {
   });
 }
 
-// The only maker of elements. Children that are strings become text, whatever they hold.
+// Creates every element. Children that are strings become text, whatever they hold.
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -89,14 +88,14 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Text of strangers in one line; what would hide or turn around its neighbours is made visible.
+// Untrusted text in one line; characters that hide or reverse other text are replaced.
 function tame(text) {
   const hidden = /[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
   return text.replace(/\s+/g, " ").trim().replace(hidden, "\ufffd");
 }
 
 const number = (value) => value.toLocaleString("en");
-// Flickr30k's captions come in tokens: "on a beach ."
+// Captions of Flickr30k are tokenized: "on a beach ."
 const prose = (caption) => tame(caption).replace(/ +([.,;:!?])(?=\s|$)/g, "$1");
 const labelOf = (photo) => prose(photos.captions[photo][0] ?? "") || tame(photos.names[photo]);
 const bdi = (text) => el("bdi", {}, tame(text));
@@ -118,7 +117,7 @@ function picture(photo, folder) {
 
 function draw() {
   if (!dim) return;
-  if (box.value !== state.text) box.value = state.text; // writing it would move the caret
+  if (box.value !== state.text) box.value = state.text; // setting it always would move the cursor
   countBox.value = state.count;
   document.title = state.text ? `${tame(state.text)} – ${title}` : title;
   const wanted = JSON.stringify([state.text, state.count, photos.count]);
@@ -141,7 +140,7 @@ function drawSearch() {
   get("time").textContent = known ? `${number(photos.count)} scored in ${time}` : "";
 }
 
-// Something to look at before anything is typed: every so many-th photo.
+// Images at regular intervals, shown before anything is typed.
 function samplePhotos() {
   const shown = Math.min(state.count, photos.total);
   return Array.from({ length: shown }, (_, i) => Math.floor((i * photos.total) / shown))
@@ -151,13 +150,13 @@ function samplePhotos() {
 
 function statusLine(query, known) {
   const all = photos.count < photos.total
-    ? `the first ${number(photos.count)} of ${number(photos.total)} photos (the rest is loading)`
+    ? `the first ${number(photos.count)} of ${number(photos.total)} photos (more are loading)`
     : `${number(photos.total)} photos`;
   if (known) return `The ${results.length} best of ${all}`;
   if (!query.words.length) return `${results.length} of ${all}`;
   return query.words.length > 1
-    ? "The model has learned none of these words, so there is nothing to rank by."
-    : "The model has not learned this word, so there is nothing to rank by.";
+    ? "None of these words is in the vocabulary, so nothing can be ranked."
+    : "This word is not in the vocabulary, so nothing can be ranked.";
 }
 
 function drawIntro(shown) {
@@ -165,9 +164,9 @@ function drawIntro(shown) {
   intro.hidden = !shown;
   if (!shown || intro.hasChildNodes()) return;
   intro.append(
-    el("p", { class: "lead" }, "Say in a few words what a picture shows."),
-    el("p", {}, `${number(photos.total)} photos are ranked by how well they fit, as you type. `
-      + `The model knows ${number(vocabulary.ids.size)} words, not their order.`),
+    el("p", { class: "lead" }, "Describe a photo in a few words."),
+    el("p", {}, `${number(photos.total)} photos are ranked as you type. `
+      + `The model knows ${number(vocabulary.ids.size)} words and ignores their order.`),
     el("ul", { class: "examples", "aria-label": "Examples" }, ...examples.map((text) =>
       el("li", {}, el("a", { href: addressOf({ text, photo: "" }) }, bdi(text))))),
   );
@@ -177,28 +176,28 @@ function drawNotes(query, known) {
   const notes = [[statusLine(query, known)]];
   const unknown = [...new Set(query.words.filter((_, i) => query.ids[i] === UNKNOWN))];
   if (state.text.trim() && !query.words.length) {
-    notes.push(["There is no word in this"]);
+    notes.push(["The query has no words"]);
   }
   for (const word of unknown.slice(0, 4)) {
     const near = nearWords(word).map((other) => {
-      // Only the word at fault changes; the others stand as the model reads them.
+      // Only the unknown word is replaced; the others are as the model reads them.
       const text = splitWords(state.text).map((w) => (w === word ? other : w)).join(" ");
       return el("a", { href: addressOf({ text, photo: "" }) }, bdi(other));
     });
     notes.push([el("span", { class: "unknown" }, el("span", { class: "word" }, bdi(word))),
-      " is unknown", ...(near.length ? [", nearest: ", ...near] : [])]);
+      " is not in the vocabulary", ...(near.length ? [", similar: ", ...near] : [])]);
   }
-  if (unknown.length > 4) notes.push([`${unknown.length - 4} more unknown`]);
+  if (unknown.length > 4) notes.push([`${unknown.length - 4} more words are not in the vocabulary`]);
   if (query.leftOut) {
-    notes.push([`Only the first ${contextLength} words count, ${number(query.leftOut)} left out`]);
+    notes.push([`Only the first ${contextLength} words are used, ${number(query.leftOut)} are ignored`]);
   }
   get("notes").classList.toggle("lost", query.words.length > 0 && !known);
   get("notes").replaceChildren(...notes.map((note) => el("p", {}, ...note)));
 }
 
 function drawResults(query, known) {
-  const shares = results.map(({ photo }) => (known ? sharesOf(query, photo) : []));
-  const largest = Math.max(...shares.flat().map(Math.abs), 1e-9);
+  const contributions = results.map(({ photo }) => (known ? contributionsOf(query, photo) : []));
+  const largest = Math.max(...contributions.flat().map(Math.abs), 1e-9);
   const shown = new Set(results.map(({ photo }) => photo));
   for (const photo of cards.keys()) if (!shown.has(photo)) cards.delete(photo);
   list.classList.toggle("ranked", known);
@@ -210,7 +209,7 @@ function drawResults(query, known) {
     const rank = known ? [el("span", { class: "rank" }, `${i + 1}`),
       el("span", { class: "score" }, score.toFixed(3))] : [];
     line.replaceChildren(...rank);
-    card.lastChild.replaceChildren(...shareItems(query, shares[i], largest, 2));
+    card.lastChild.replaceChildren(...contributionItems(query, contributions[i], largest, 2));
     card.lastChild.classList.toggle("many", query.words.length > 10);
     return card;
   }));
@@ -220,18 +219,18 @@ function newCard(photo) {
   return el("li", { class: "card" },
     el("a", {}, picture(photo, "t")),
     el("p", { class: "line" }),
-    // The link is already called by the caption: hidden here, or it would be read twice.
+    // Hidden from screen readers: the alt text of the image already reads the caption.
     el("p", { class: "caption", "aria-hidden": "true" }, bdi(labelOf(photo))),
-    el("ul", { class: "shares", "aria-label": "Share of each word in the score" }));
+    el("ul", { class: "contributions", "aria-label": "Contribution of each word to the score" }));
 }
 
-function shareItems(query, shares, largest, digits) {
-  return shares.map((share, i) => {
+function contributionItems(query, contributions, largest, digits) {
+  return contributions.map((value, i) => {
     const unknown = query.ids[i] === UNKNOWN ? " unknown" : "";
-    const item = el("li", { class: (share < 0 ? "minus" : "plus") + unknown },
+    const item = el("li", { class: (value < 0 ? "minus" : "plus") + unknown },
       el("span", { class: "word" }, bdi(query.words[i])), " ",
-      el("span", { class: "value" }, signed(share, digits)));
-    item.style.setProperty("--size", Math.abs(share) / largest);
+      el("span", { class: "value" }, signed(value, digits)));
+    item.style.setProperty("--size", Math.abs(value) / largest);
     return item;
   });
 }
@@ -242,7 +241,7 @@ function drawPhoto() {
     drawnPhoto = "";
     dialog.close();
     if (state.photo && photos.count === photos.total) {
-      get("notes").append(el("p", {}, "There is no photo called ", bdi(state.photo), " here"));
+      get("notes").append(el("p", {}, "There is no photo named ", bdi(state.photo)));
       state.photo = "";
     }
     return;
@@ -251,15 +250,15 @@ function drawPhoto() {
   drawnPhoto = drawn + state.photo;
   lastPhoto = photo;
   const full = picture(photo, "f");
-  // The thumbnail, already there, until the full size has come.
+  // The thumbnail is shown until the large image is loaded.
   full.style.backgroundImage = `url("t/${photos.pictures[photo]}.jpg")`;
   const heading = el("h2", { id: "photo-title", tabindex: "-1" }, bdi(labelOf(photo)));
   dialog.replaceChildren(
     el("div", { class: "frame" }, full),
     el("div", { class: "about" }, heading, ...captionItems(photo), ...scoreItems(photo),
       el("p", { class: "name" }, bdi(photos.names[photo]))),
-    el("section", { class: "alike", "aria-label": "Photos most like this" },
-      el("h3", {}, "Most like this"),
+    el("section", { class: "alike", "aria-label": "Similar photos" },
+      el("h3", {}, "Similar photos"),
       el("ul", {}, ...photosLike(photo, ALIKE).map(({ photo: other, score }) =>
         el("li", {}, el("a", { href: addressOf({ photo: photos.names[other] }) },
           picture(other, "t"), el("span", { class: "score" }, score.toFixed(2))))))),
@@ -281,34 +280,35 @@ function captionItems(photo) {
 function scoreItems(photo) {
   const query = encode(state.text);
   if (query.ids.every((id) => id === UNKNOWN)) return [];
-  const shares = sharesOf(query, photo);
-  const total = shares.reduce((sum, share) => sum + share, 0);
+  const contributions = contributionsOf(query, photo);
+  const total = contributions.reduce((sum, value) => sum + value, 0);
   const rank = results.findIndex((result) => result.photo === photo) + 1;
   return [
-    el("h3", {}, "Why this picture? ", el("span", { class: "score" }, total.toFixed(3)),
+    el("h3", {}, "Contributions of the words ", el("span", { class: "score" }, total.toFixed(3)),
       rank ? ` rank ${rank}` : ""),
-    el("ul", { class: "bars", "aria-label": "Share of each word in the score" },
-      ...shareItems(query, shares, Math.max(...shares.map(Math.abs), 1e-9), 3)),
+    el("ul", { class: "bars", "aria-label": "Contribution of each word to the score" },
+      ...contributionItems(query, contributions,
+        Math.max(...contributions.map(Math.abs), 1e-9), 3)),
   ];
 }
 
-// ---- Hands on it --------------------------------------------------------------------------------
+// ---- Input --------------------------------------------------------------------------------------
 
-function neighbour(photo, step) {
+function neighbor(photo, step) {
   const at = results.findIndex((result) => result.photo === photo);
   return at < 0 ? undefined : results[at + step]?.photo;
 }
 
 function stepButton(photo, step, label, sign) {
-  const to = neighbour(photo, step);
+  const to = neighbor(photo, step);
   const button = el("button", { type: "button", "data-step": step, "aria-label": label }, sign);
   button.disabled = to === undefined;
   return button;
 }
 
 function stepPhoto(step) {
-  const to = neighbour(photos.names.indexOf(state.photo), step);
-  // Replaced: closing should not have to walk back through all of them.
+  const to = neighbor(photos.names.indexOf(state.photo), step);
+  // Replaced, so that closing goes back to the results in one step.
   if (to !== undefined) go({ photo: photos.names[to] }, { replace: true, opened: openedBefore() });
 }
 
@@ -316,7 +316,7 @@ box.addEventListener("input", () => {
   go({ text: box.value, photo: "" }, { replace: typing });
   typing = true;
 });
-box.addEventListener("change", () => (typing = false)); // Enter, or the box was left
+box.addEventListener("change", () => (typing = false)); // Enter, or the focus left the box
 document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
 
 countBox.append(...COUNTS.map((count) => el("option", { value: count }, `${count}`)));
@@ -340,14 +340,14 @@ document.addEventListener("click", (event) => {
   }
   const step = event.target.closest("[data-step]");
   if (step) stepPhoto(Number(step.dataset.step));
-  // The dialog itself is hit only beside what it holds.
+  // The target is the dialog itself only for clicks beside its content.
   if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
 });
 
-// This comes a little later than the closing, which may have been the address's doing (then nothing
-// is drawn), and with the next photo perhaps open already.
+// This event comes after the dialog has closed. If the URL closed it, drawnPhoto is empty; and the
+// next image may be open already.
 dialog.addEventListener("close", () => {
-  if (!dialog.open) cards.get(lastPhoto)?.firstChild.focus(); // not the one first opened
+  if (!dialog.open) cards.get(lastPhoto)?.firstChild.focus(); // the image shown last, not the one opened first
   if (drawnPhoto && !dialog.open) closePhoto();
 });
 
@@ -373,10 +373,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// A data file that did not come: say so, instead of searching a part in silence.
+// A data file that is missing is named, because only a part of the images is searched.
 addEventListener("error", ({ target }) => {
   if (target.tagName !== "SCRIPT") return;
   get("missing").hidden = false;
-  get("missing").append(el("p", {}, `Missing: ${target.getAttribute("src")}. This page is not `
-    + "whole: copy its whole folder, or write it anew."));
+  get("missing").append(el("p", {}, `Missing: ${target.getAttribute("src")}. The page is `
+    + "incomplete: copy its whole folder, or write it again."));
 }, true);

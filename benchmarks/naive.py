@@ -1,9 +1,9 @@
-"""The scripts that a user would write instead: what the benchmarks measure against.
+"""Training scripts that the benchmarks compare with.
 
-Plain: photos decoded in the training loop, efficientnet_pytorch as it comes, float32, no workers.
+Naive: images decoded in the training loop, efficientnet_pytorch unchanged, float32, no workers.
 Stronger: timm's EfficientNet in mixed precision and channels_last, all cores as workers; and the
-same with open_clip's loss and its reader of CSV files. The heads, the loss, the optimizer and the
-numbers are ours, so that only the way of computing differs.
+same with open_clip's loss and its reader of CSV files. Heads, loss, optimizer and hyperparameters
+are those of this project, so only the implementation differs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torchvision import transforms
 
 from src.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-Pairs = list[tuple[Path, str]]  # photo and caption
+Pairs = list[tuple[Path, str]]  # image and caption
 
 
 def preprocess(image_size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """What everybody does to a photo."""
+    """Return the usual torchvision transform: resize, to tensor, normalize."""
     return transforms.Compose([
         _rgb,
         transforms.Resize((image_size, image_size)),
@@ -39,8 +39,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class PhotosAndCaptions(Dataset):
-    """Decodes a photo each time it is asked for."""
+class ImageCaptionDataset(Dataset):
+    """Decode an image each time it is requested."""
 
     def __init__(self, pairs: Pairs, tokenize: Callable, image_size: int) -> None:
         self.pairs, self.tokenize, self.transform = pairs, tokenize, preprocess(image_size)
@@ -53,8 +53,8 @@ class PhotosAndCaptions(Dataset):
         return self.transform(Image.open(path)), self.tokenize([caption])[0]
 
 
-class PlainModel(nn.Module):
-    """Ours, with the image encoder as the package makes it; the state has the same names."""
+class NaiveModel(nn.Module):
+    """This project's model with the package's image encoder unchanged and the same state names."""
 
     def __init__(
         self, vocab_size: int, image_size: int, dropout: float, drop_connect: float
@@ -71,12 +71,12 @@ class PlainModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, 256)."""
+        """Map (B, 3, H, W) to (B, 256)."""
         features = self.image_encoder["backbone"](images).flatten(1)
         return F.normalize(self.image_projection["linear"](self.dropout(features)), dim=1)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, 256)."""
+        """Map (B, L) to (B, 256)."""
         mask = (tokens != 0).float().unsqueeze(2)  # (B, L, 1)
         words = self.text_encoder["embedding"](tokens) * mask
         features = words.sum(1) / mask.sum(1)
@@ -86,8 +86,8 @@ class PlainModel(nn.Module):
         return self.encode_image(images), self.encode_text(tokens)
 
 
-class TimmModel(PlainModel):
-    """The same with timm's EfficientNet in channels_last."""
+class TimmModel(NaiveModel):
+    """The same model with timm's EfficientNet in channels_last."""
 
     def __init__(
         self, vocab_size: int, image_size: int, dropout: float, drop_connect: float
@@ -100,32 +100,32 @@ class TimmModel(PlainModel):
         self.to(memory_format=torch.channels_last)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, 256)."""
+        """Map (B, 3, H, W) to (B, 256)."""
         return super().encode_image(images.contiguous(memory_format=torch.channels_last))
 
 
-def plain_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss: two cross entropies over the batch; `scale` is the factor itself."""
+def naive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return CLIP's loss, the mean of two cross-entropies; `scale` is the inverse temperature."""
     logits = scale * images.float() @ texts.float().T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def plain_loader(pairs: Pairs, tokenize: Callable, image_size: int, batch_size: int) -> DataLoader:
-    """No workers, as a first script has it; in the given order, so that all train on the same."""
-    return DataLoader(PhotosAndCaptions(pairs, tokenize, image_size), batch_size)
+def naive_loader(pairs: Pairs, tokenize: Callable, image_size: int, batch_size: int) -> DataLoader:
+    """Return a loader without workers; the order is given, so that all train on the same data."""
+    return DataLoader(ImageCaptionDataset(pairs, tokenize, image_size), batch_size)
 
 
 def timm_loader(pairs: Pairs, tokenize: Callable, image_size: int, batch_size: int) -> DataLoader:
-    """All cores as workers."""
-    return DataLoader(PhotosAndCaptions(pairs, tokenize, image_size), batch_size,
+    """Return a loader with all cores as workers."""
+    return DataLoader(ImageCaptionDataset(pairs, tokenize, image_size), batch_size,
                       num_workers=os.cpu_count(), pin_memory=torch.cuda.is_available())
 
 
 def open_clip_loader(
     pairs: Pairs, tokenize: Callable, image_size: int, batch_size: int
 ) -> DataLoader:
-    """open_clip's reader of a CSV file beside the photos, all cores as workers."""
+    """Return open_clip's reader of a CSV file with all cores as workers."""
     import pandas
     from open_clip_train.data import CsvDataset
 
@@ -137,13 +137,13 @@ def open_clip_loader(
 
 
 def train(
-    model: PlainModel, loader: DataLoader, loss_function: Callable, *, lr: float,
+    model: NaiveModel, loader: DataLoader, loss_function: Callable, *, lr: float,
     device: torch.device, mixed_precision: bool,
 ) -> list[float]:
-    """One epoch; returns the loss of each step.
+    """Train one epoch and return the loss of each step.
 
-    Mixed precision is bfloat16, as timm's train.py --amp --amp-dtype bfloat16 and open_clip's
-    --precision amp_bf16 have it.
+    Mixed precision is bfloat16, as with timm's train.py --amp --amp-dtype bfloat16 and open_clip's
+    --precision amp_bf16.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     model.train()
@@ -161,7 +161,7 @@ def train(
 
 
 @torch.no_grad()
-def embed(model: PlainModel, loader: DataLoader, device: torch.device) -> torch.Tensor:
-    """Every photo of the loader: (N, 256) on the CPU."""
+def embed(model: NaiveModel, loader: DataLoader, device: torch.device) -> torch.Tensor:
+    """Return the embeddings of all images of the loader: (N, 256) on the CPU."""
     model.eval()
     return torch.cat([model.encode_image(images.to(device)).cpu() for images, _ in loader])
