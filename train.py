@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
+        if not resumed:  # weights that do not fit are refused before any image is decoded
+            ImageEncoder(args.image_encoder, args.image_size).load_weights(args.weights)
         with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
     if is_main and status == 0:
@@ -77,8 +79,6 @@ def train(
 ) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- data ----------------------------------------------------------------------------------
-    if not resumed:  # weights that do not fit are refused before any image is decoded
-        ImageEncoder(args.image_encoder, args.image_size).load_weights(args.weights)
     train_set, val_set, tokenizer = load_data(args, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
@@ -100,9 +100,7 @@ def train(
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
-            data={"train": train_set.digest(), "validation": val_set.digest(),
-                  "train pixels": train_set.pixel_digest(),
-                  "validation pixels": val_set.pixel_digest()},
+            data=run_state.data_digests(train=train_set, validation=val_set),
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
         start_run(run, resumed)
         # A function of the step, built after the steps of a resumed run are known.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from src.data.dataset import Flickr30kDataset
 from src.models.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,
@@ -60,8 +61,7 @@ class RunState:
             model, tokenizer, optimizer, scaler: as they are trained.
             results: where the run is saved.
             flags: the command line as plain values.
-            data: digests of what is trained on: of the images and captions of a split under its
-                name, of its pixels under 'SPLIT pixels'.
+            data: see `data_digests`.
             ema_decay: decay of an exponential moving average of the weights, 0 for none.
             save_minutes: how often to save within an epoch.
             stop_request: set by a signal that asks the run to stop.
@@ -230,6 +230,13 @@ def _is_same_epoch(best: Path, summary: dict[str, Any]) -> bool:
     except UserError:
         return False
     return all(earlier.get(part) == summary[part] for part in ("epoch", "metrics"))
+
+
+def data_digests(**splits: Flickr30kDataset) -> dict[str, str]:
+    """Return the digests of a run's data, as `RunState` saves and compares them."""
+    return {name: digest for split, dataset in splits.items()
+            for name, digest in ((split, dataset.digest()),
+                                 (f"{split} pixels", dataset.pixel_digest()))}
 
 
 def has_run(results: ResultPaths) -> bool:
