@@ -41,7 +41,7 @@ from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer, split_words
 from src.utils.errors import printable, run_script
-from src.utils.runtime import seed_all
+from src.utils.runtime import pick_device, seed_all
 
 SHOWN = 30  # lines of what is wrong
 
@@ -200,15 +200,17 @@ def check_model(
     photos, captions, problems = read_batch(source, batch_size, store_size(image_size))
     if len(photos) < 2:
         return [*problems, "fewer than two photos could be read"]
+    device = pick_device("auto")  # as train.py
+    model.to(device)
     with torch.inference_mode():
-        images = eval_transform(torch.from_numpy(photos), image_size)
-        tokens = tokenizer.encode(captions)
+        images = eval_transform(torch.from_numpy(photos).to(device), image_size)
+        tokens = tokenizer.encode(captions).to(device)
         image_embeddings, text_embeddings = model(images, tokens)
-        loss = contrastive_loss(image_embeddings, text_embeddings, torch.arange(len(photos)),
-                                model.logit_scale).item()
+        loss = contrastive_loss(image_embeddings, text_embeddings,
+                                torch.arange(len(photos), device=device), model.logit_scale).item()
     expected = math.log(len(photos))
     print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} -> embeddings "
-          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)}")
+          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)} on {device}")
     print(f"loss       {loss:.3f} untrained; ln({len(photos)}) = {expected:.3f}")
     if not abs(loss - expected) < 1:
         problems.append(f"the untrained loss {loss:.3f} is far from ln(batch) = {expected:.3f}")
