@@ -27,7 +27,8 @@ def init_distributed() -> None:
     From then on only rank 0 prints on standard output.
 
     Raises:
-        UserError: only a part of torchrun's environment variables is set.
+        UserError: only a part of torchrun's environment variables is set, or the processes cannot
+            connect to each other.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,7 +36,11 @@ def init_distributed() -> None:
         if missing:
             raise UserError(f"the environment has RANK but no {', '.join(missing)}: start several "
                             "processes with torchrun, or unset RANK")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except RuntimeError as error:
+            raise UserError("the processes of this run cannot connect to each other: "
+                            + str(error).partition("\n")[0], status=1) from error
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
