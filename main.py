@@ -33,7 +33,7 @@ from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import printable, run_script
-from src.utils.runtime import seed_all
+from src.utils.runtime import pick_device, seed_all
 
 MAX_LINES = 30  # of problems that are printed
 
@@ -202,16 +202,18 @@ def check_model(
     pixels, captions, problems = read_batch(source, batch_size, store_size(image_size))
     if len(pixels) < 2:
         return [*problems, "fewer than two images could be read"]
+    device = pick_device("auto")  # the device of train.py
+    model.to(device)
     with torch.inference_mode():
-        images = eval_transform(torch.from_numpy(pixels), image_size)  # (B, 3, S, S)
-        tokens = tokenizer.encode(captions)  # (B, L)
+        images = eval_transform(torch.from_numpy(pixels).to(device), image_size)  # (B, 3, S, S)
+        tokens = tokenizer.encode(captions).to(device)  # (B, L)
         image_embeddings, text_embeddings = model(images, tokens)  # (B, D) each
-        loss = contrastive_loss(image_embeddings, text_embeddings, torch.arange(len(pixels)),
-                                model.logit_scale).item()
+        loss = contrastive_loss(image_embeddings, text_embeddings,
+                                torch.arange(len(pixels), device=device), model.logit_scale).item()
     expected = math.log(len(pixels))
     print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} -> embeddings "
-          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)}")
-    print(f"loss       {loss:.3f} untrained; ln({len(pixels)}) = {expected:.3f}")
+          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)} on {device}")
+    print(f"loss       {loss:.3f} before training; guessing is ln({len(pixels)}) = {expected:.3f}")
     if not abs(loss - expected) < 1:
         problems.append(f"the untrained loss {loss:.3f} is far from ln(batch) = {expected:.3f}")
     return problems

@@ -1,24 +1,27 @@
 """Find the photos that fit a text best, or that look like a photo.
 
     python search.py "two dogs running on the beach"
-    python search.py "a red car" --images ~/Pictures --pretrained     # without any training
-    python search.py "a red car" --images ~/Pictures --top 20 --explain
-    python search.py --image photo.jpg                 # similar photos, and captions that fit it
-    python search.py --queries queries.txt --json      # one query per line; - for standard input
-    python search.py "a red car" --sheet sheet.png     # draw the query and its best photos
-    python search.py --page album --images ~/Pictures  # write a web page that searches by itself
-    python search.py --serve                           # the same, on http://127.0.0.1:8000
-    torchrun --nproc-per-node 2 search.py "a red car"  # several processes embed new photos
+    python search.py "a red car" --images ~/Pictures --pretrained      # without any training
+    python search.py "beach -people"                    # a minus sign subtracts a word
+    python search.py "a red car" --images ~/Pictures /mnt/photos --top 20 --explain
+    python search.py --image photo.jpg                  # similar photos, and captions that fit it
+    python search.py --queries queries.txt --json       # one query per line; - for standard input
+    python search.py "a red car" --sheet sheet.png      # draw the query and its best photos
+    python search.py --page album --images ~/Pictures   # write a web page that searches by itself
+    python search.py --serve                            # the same, on http://127.0.0.1:8000
+    python search.py --list-indexes
+    torchrun --nproc-per-node 2 search.py "a red car"   # several processes embed new photos
 
-The photos are embedded once, into an index in results/index; later calls embed only new and changed
-photos. Without --images the photos of the training run are searched.
+The photos are embedded once, into an index in results/index; later calls embed only photos with new
+content. Without --images the photos of the training run are searched. Answers go to standard
+output, everything else to standard error. Exit status 1: some of the queries were not answered.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -26,14 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import cli
-from src.search.index import ImageIndex
+from src.search.answers import Filter, Library, answer_image, answer_text, format_answer
+from src.search.manage import index_folder, list_indexes, remove_index
 from src.search.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
-from src.search.update_index import help_update, update_index
+from src.search.update_index import end_updates, help_update, update_index
 from src.utils.errors import UserError, printable, run_script
 from src.utils.paths import DataPaths
 
-# torch, Pillow and the modules that need them are imported where they are used: a text query
-# with an index that is up to date needs neither, and importing torch takes longer than the rest.
+# torch, Pillow and the modules that need them are imported where they are used: a text query with
+# an index that is up to date needs neither, and importing torch takes longer than the rest.
 if TYPE_CHECKING:
     import numpy as np
 
@@ -46,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     # --- config --------------------------------------------------------------------------------
     args = make_parser().parse_args(argv)
     results = cli.resolve_results(args)
+    indexes = results.folder / "index"
+    if args.list_indexes or args.remove_index:
+        write_line(remove_index(indexes, args.remove_index) if args.remove_index
+                   else list_indexes(indexes))
+        return 0
     checkpoint = args.checkpoint or results.best
     load = functools.cache(lambda: load_model(checkpoint, args.device))
     if "RANK" in os.environ:
@@ -61,55 +70,68 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_queries(args)
     if not (texts or args.image or args.page or args.serve is not None):
         raise UserError('nothing to search for: give a text, as in python search.py "a red car", '
-                        "or --image FILE, or --page DIR")
+                        "before flags such as --images; or --image FILE, or --page DIR")
     if not checkpoint.exists():
         raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
                         "name another checkpoint with --checkpoint")
-    indexes = results.folder / "index"
     table = load_words(args.index_dir or indexes, checkpoint, load)
-    queries = embed_queries(table, texts)
-    for query in queries:
-        for hint in spelling_hints(query.unknown, table):
-            print(f"note: {hint}", file=sys.stderr)
+    queries, errors = embed_each(table, texts)
 
     # --- index ---------------------------------------------------------------------------------
-    data = cli.resolve_data(cli.defaults_from_checkpoint(make_parser(), argv, {"args": table.args}))
-    folder = args.index_dir or index_folder(indexes, data.images)
-    index = update_index(folder, data.images, table.checkpoint, table.dim, lambda: load()[0])
+    folders, data = resolve_folders(argv, table)
+    library = Library.join(folders, [
+        update_index(
+            choose_index(args.index_dir, indexes, folder, len(folders)), folder, table.checkpoint,
+            table.dim, lambda: load()[0], exclude=args.exclude, follow_links=args.follow_links,
+            prune=args.prune, about={"checkpoint_file": str(checkpoint.resolve()), **table.about})
+        for folder in folders])
     if "RANK" in os.environ:
+        end_updates()
         distributed.destroy_distributed()
 
     # --- answers -------------------------------------------------------------------------------
-    answers = [answer_text(query, index, data.images, args.top) for query in queries]
+    chosen = Filter(args.top, args.offset, args.min_score, args.duplicates)
+    answers = [answer_text(query, library, chosen) for query in queries]
+    captions = known_captions(data) if args.image or args.page or args.serve is not None else {}
     if args.image:
-        answers.append(answer_image(args.image, *load()[:2], index, data, args.top))
+        texts = sorted({caption for own in captions.values() for caption in own})
+        answers.append(answer_image(args.image, *load()[:2], library, texts, chosen))
     for answer in answers:
-        print(json.dumps(answer) if args.json else format_answer(answer, args.explain))
+        write_line(json.dumps(answer) if args.json else format_answer(answer, args.explain))
+    for text, error in errors.items():
+        if args.json:
+            write_line(json.dumps({"query": text, "error": error}))
+        print(f"error: {printable(error)}", file=sys.stderr)
     if args.sheet and answers:
         draw_sheet(args.sheet, answers)
         print(f"drawn: {args.sheet}", file=sys.stderr)
     if args.page or args.serve is not None:
         page = args.page or results.folder / "page"
-        write_page(page, table, index, data)
+        write_page(page, table, library, captions)
         if args.serve is not None:
             from src.search.page_server import serve_page
 
             serve_page(page, args.serve)
-    return 0
+    return 1 if errors else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = cli.Parser(description=__doc__)
+    parser = cli.SearchParser(description=__doc__)
     cli.add_results_arguments(parser)
     queries = parser.add_argument_group("queries")
     queries.add_argument("query", nargs="*", help="texts; each is a query")
-    queries.add_argument("--queries", metavar="FILE", 
+    queries.add_argument("--queries", metavar="FILE",
                          help="texts, one per line; - for standard input")
     queries.add_argument("--image", type=Path, metavar="FILE", help="a photo instead of a text")
     photos = parser.add_argument_group("photos")
-    photos.add_argument("--images", type=Path, metavar="DIR",
-                        help="folder of photos, with its subfolders (default: the training run's)")
+    photos.add_argument("--images", type=Path, metavar="DIR", nargs="+", action="extend",
+                        help="folders of photos, with their subfolders (default: the training "
+                        "run's)")
+    photos.add_argument("--exclude", metavar="PATTERN", nargs="+", action="extend", default=[],
+                        help="skip files and folders, such as '*.gif' or raw")
+    photos.add_argument("--follow-links", action="store_true",
+                        help="search linked folders and files outside the folder, too")
     photos.add_argument("--annotations", type=Path, action="append", metavar="FILE",
                         help="captions of the photos, shown if known; may be repeated (default: "
                         "those of the training run)")
@@ -117,12 +139,25 @@ def make_parser() -> argparse.ArgumentParser:
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
                         help="holds images/ and annotations/annotations.csv")
     cli.add_checkpoint_arguments(photos)
-    photos.add_argument("--index-dir", type=Path, metavar="DIR",
-                        help="where the index is stored (default: a folder in RESULTS_DIR/index)")
     photos.add_argument("--device", default="auto", help="(default: %(default)s)")
+    index = parser.add_argument_group("index")
+    index.add_argument("--index-dir", type=Path, metavar="DIR",
+                       help="where the index is stored (default: a folder in RESULTS_DIR/index)")
+    index.add_argument("--prune", action="store_true",
+                       help="remove missing photos from the index even if they are more than half")
+    index.add_argument("--list-indexes", action="store_true",
+                       help="list the indexes in RESULTS_DIR/index")
+    index.add_argument("--remove-index", type=Path, metavar="DIR",
+                       help="remove the index of a folder of photos")
     output = parser.add_argument_group("answers")
     output.add_argument("--top", type=cli.positive_int, default=10, metavar="K",
                         help="photos for each query (default: %(default)s)")
+    output.add_argument("--offset", type=cli.non_negative_int, default=0, metavar="N",
+                        help="skip the N best (default: %(default)s)")
+    output.add_argument("--min-score", type=float, default=float("-inf"), metavar="X",
+                        help="only photos with at least this score")
+    output.add_argument("--duplicates", action="store_true",
+                        help="show near duplicates one by one")
     output.add_argument("--explain", action="store_true",
                         help="what each word adds to each score")
     output.add_argument("--json", action="store_true", help="print a JSON line for each query")
@@ -134,13 +169,6 @@ def make_parser() -> argparse.ArgumentParser:
                         help="serve that page on 127.0.0.1 (default port: 8000; default folder: "
                         "RESULTS_DIR/page)")
     return parser
-
-
-def index_folder(indexes: Path, images: Path) -> Path:
-    """Return the folder of the index of an image folder, below `indexes`."""
-    path = images.resolve()
-    key = hashlib.sha256(str(path).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return indexes / f"{path.name}-{key}"
 
 
 def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, dict]:
@@ -160,64 +188,54 @@ def read_queries(args: argparse.Namespace) -> list[str]:
         UserError: the file cannot be read.
     """
     texts = list(args.query)
-    if args.queries == "-":
-        texts += sys.stdin.read().split("\n")
-    elif args.queries:
+    if args.queries:
         try:
-            texts += Path(args.queries).read_text(encoding="utf-8", errors="replace").split("\n")
+            content = (sys.stdin.buffer.read() if args.queries == "-"
+                       else Path(args.queries).read_bytes())
         except OSError as error:
             raise UserError(f"cannot read {args.queries}: {error.strerror}") from error
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        texts += content.decode("utf-16" if is_utf16 else "utf-8-sig", "replace").splitlines()
     return [text.strip() for text in texts if text.strip()]
 
 
-def answer_text(query: TextQuery, index: ImageIndex, images: Path, top: int) -> dict:
-    """Return the best images of a text as plain values, with the contributions of its words."""
-    scores, positions = index.search(query.embedding[None], top)
-    results = make_results(scores[0], positions[0], index, images)
-    contributions = query.word_contributions(index.embeddings[positions[0]])  # (K, W)
-    for result, values in zip(results, contributions.tolist(), strict=True):
-        result["word_contributions"] = list(zip(query.words, values, strict=True))
-    return {"query": query.text, "unknown": query.unknown, "results": results}
-
-
-def answer_image(
-    path: Path, model: DualEncoder, tokenizer: Tokenizer, index: ImageIndex, data: DataPaths,
-    top: int,
-) -> dict:
-    """Return the images most similar to an image, and its best captions, as plain values.
+def embed_each(table: WordTable, texts: list[str]) -> tuple[list[TextQuery], dict[str, str]]:
+    """Return the embedded texts, and the errors of those without a known word.
 
     Raises:
-        UserError: the image cannot be read.
+        UserError: there is only one text, and it has no known word.
     """
-    import torch
-
-    from src.data.images import load_resized
-    from src.data.pixel_store import store_size
-    from src.evaluation.embed import embed_pixels, embed_tokens
-
-    try:
-        pixels = torch.from_numpy(load_resized(path, store_size(model.config.image_size)))
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    embedding = embed_pixels(model, pixels[None])  # (1, D)
-    scores, positions = index.search(embedding.numpy(), top)
-    captions = sorted({text for texts in known_captions(data).values() for text in texts})
-    best_captions = []
-    if captions:
-        best = (embed_tokens(model, tokenizer.encode(captions)) @ embedding[0]).topk(
-            min(5, len(captions)))
-        best_captions = [{"score": score, "caption": captions[i]} for score, i in
-                         zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    return {"image": str(path), "captions": best_captions,
-            "results": make_results(scores[0], positions[0], index, data.images)}
+    queries, errors = [], {}
+    for text in texts:
+        try:
+            queries += embed_queries(table, [text])
+        except UserError as error:
+            if len(texts) == 1:
+                raise
+            errors[text] = str(error)
+    for query in queries:
+        for hint in spelling_hints(query.unknown, table):
+            print(f"note: {hint}", file=sys.stderr)
+    return queries, errors
 
 
-def make_results(
-    scores: np.ndarray, positions: np.ndarray, index: ImageIndex, images: Path
-) -> list[dict]:
-    """Return the hits of one query as plain values."""
-    return [{"rank": rank, "score": float(score), "path": str(images / index.names[i])}
-            for rank, (score, i) in enumerate(zip(scores, positions, strict=True), start=1)]
+def resolve_folders(argv: list[str] | None, table: WordTable) -> tuple[list[Path], DataPaths]:
+    """Return the image folders, each once, and the paths of the first one's captions."""
+    args = cli.defaults_from_checkpoint(make_parser(), argv, {"args": table.args})
+    given = args.images if isinstance(args.images, list) else []
+    args.images = given[0] if given else args.images
+    data = cli.resolve_data(args)
+    folders = {folder.resolve(): folder for folder in given or [data.images]}
+    # A folder inside another one is searched with it.
+    return [folder for path, folder in folders.items()
+            if not any(parent in folders for parent in path.parents)], data
+
+
+def choose_index(index_dir: Path | None, indexes: Path, folder: Path, n_folders: int) -> Path:
+    """Return where the index of a folder is stored."""
+    if index_dir and n_folders == 1:
+        return index_dir
+    return index_folder(index_dir or indexes, folder)
 
 
 def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
@@ -233,20 +251,20 @@ def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
     return {record.name: record.captions for record in read.records}
 
 
-def format_answer(answer: dict, explain: bool) -> str:
-    """Return an answer as text: rank, score, path, and the contributions of the words."""
-    lines = [printable(answer.get("query") or f"photos like {answer['image']}")]
-    for result in answer["results"]:
-        path = printable(result["path"]).replace("\n", "\\n")
-        lines.append(f"{result['rank']:4}  {result['score']:6.3f}  {path}")
-        if explain and "word_contributions" in result:
-            lines.append(" " * 14 + "  ".join(
-                f"{word}{'?' if word in answer['unknown'] else ''} {value:+.3f}"
-                for word, value in result["word_contributions"]))
-    if answer.get("captions"):
-        lines.append("captions that fit it best")
-        lines += [f"      {fit['score']:6.3f}  {fit['caption']}" for fit in answer["captions"]]
-    return "\n".join(lines)
+def write_line(text: str) -> None:
+    """Print an answer.
+
+    Raises:
+        UserError: standard output cannot be written, such as to a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would report the same error again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"cannot write to standard output: {error.strerror}", status=1) from error
 
 
 def draw_sheet(path: Path, answers: list[dict]) -> None:
@@ -258,7 +276,7 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
 
     def load(file: str) -> np.ndarray:
         try:
-            return np.asarray(load_image(Path(file), longest=320))
+            return np.asarray(load_image(Path(file), 320, []))
         except ValueError:  # deleted since it was indexed
             return np.full((8, 8, 3), 255, np.uint8)
 
@@ -272,24 +290,26 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
     ])
 
 
-def write_page(folder: Path, table: WordTable, index: ImageIndex, data: DataPaths) -> None:
-    """Write the web page of an index."""
+def write_page(
+    folder: Path, table: WordTable, library: Library, captions: dict[str, tuple[str, ...]]
+) -> None:
+    """Write the web page of a library."""
     from src.search import page
 
-    captions = known_captions(data)
     written = page.write_page(
         folder,
         words=table.words,
         word_embeddings=table.vectors,
-        context_length=table.context_length,
-        names=index.names,
-        image_embeddings=index.embeddings,
-        captions=[list(captions.get(name, ())) for name in index.names],
-        paths=[data.images / name for name in index.names],
+        names=library.names,
+        image_embeddings=library.index.embeddings,
+        captions=[list(captions.get(name, ())) for name in library.names],
+        paths=[Path(path) for path in library.paths],
+        groups=library.index.groups(),
     )
     for name, reason in written["skipped"]:
         print(printable(f"not in the page: {name}: {reason}"), file=sys.stderr)
-    print(f"a page that searches {written['photos']:,} photos: {folder / 'index.html'}")
+    print(f"a page that searches {written['photos']:,} photos: {folder / 'index.html'}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

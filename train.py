@@ -5,6 +5,7 @@
     python train.py --demo             # a synthetic dataset, about a minute
     python train.py --max-images 2000 --weights none
     python train.py --resume           # continue a run, even within an epoch
+    python train.py --resume auto      # continue a run if there is one, or start
     torchrun --nproc-per-node 2 train.py
 
 Written to results/: models/flickr30k_clip_best.pth (model_state, vocab, config,
@@ -35,12 +36,13 @@ from src.evaluation.examples import plot_examples
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.image_encoder import ImageEncoder
 from src.models.tokenizer import Tokenizer
+from src.training import run_state
 from src.training.engine import check_batch_size, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
-from src.training.run_state import RunState, compare_flags, load_run, rename_flags
 from src.utils import distributed, runtime
 from src.utils.errors import UserError, run_script
 from src.utils.files import only_writer, write_atomic
@@ -49,14 +51,13 @@ from src.utils.paths import DataPaths, ResultPaths
 
 def main(argv: list[str] | None = None) -> int:
     """Train with the flags of `argv`. Returns the exit status."""
-    # --- config --------------------------------------------------------------------------------
-    args, resumed = parse_args(argv)
-    data, results = cli.resolve_data(args), cli.resolve_results(args)
-
-    # --- device --------------------------------------------------------------------------------
     runtime.tune_malloc()
-    distributed.init_distributed()
-    try:
+    with distributed.process_group(), runtime.explain_oom():
+        # --- config ----------------------------------------------------------------------------
+        args, resumed = parse_args(argv)
+        data, results = cli.resolve_data(args), cli.resolve_results(args)
+
+        # --- device ----------------------------------------------------------------------------
         device = runtime.pick_device(args.device)
         runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0
@@ -64,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
-        with only_writer(results.folder) if is_main else nullcontext(), runtime.explain_oom():
+        if not resumed:  # weights that do not fit are refused before any image is decoded
+            ImageEncoder(args.image_encoder, args.image_size).load_weights(args.weights)
+        with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
-    finally:
-        distributed.destroy_distributed()
     if is_main and status == 0:
         report_best(results, val_set, device)
     return status
@@ -98,9 +99,9 @@ def train(
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     scaler = runtime.grad_scaler(device, dtype)
     with runtime.stop_on_request() as stop_request:
-        run = RunState(
+        run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
-            data={"train": train_set.digest(), "validation": val_set.digest()},
+            data=run_state.data_digests(train=train_set, validation=val_set),
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
         start_run(run, resumed)
         # A function of the step, built after the steps of a resumed run are known.
@@ -127,6 +128,7 @@ def train(
                 after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
+            run.save()  # a run that is killed during validation continues with the validation
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
@@ -138,7 +140,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     """Parse the flags; with --resume also load the run, whose flags are then the defaults.
 
     Raises:
-        UserError: there is no run to resume, or a flag contradicts it.
+        UserError: there is no run to resume, a flag contradicts it, or a new run would replace an
+            unfinished one with the same flags.
     """
     parser = cli.Parser(description=__doc__)
     cli.add_results_arguments(parser)
@@ -148,16 +151,18 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_training_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
-    if not args.resume:
-        return args, None
     results = cli.resolve_results(args)
-    resumed = load_run(results)
+    if not args.resume:
+        run_state.check_no_unfinished_run(results, cli.plain_values(args))
+    if not args.resume or (args.resume == "auto" and not run_state.has_run(results)):
+        return args, None
+    resumed = run_state.load_run(results)
     # The baseline has the values of flags that an earlier version did not have.
-    flags = {**RECIPES["baseline"], **rename_flags(resumed.content["args"])}
+    flags = {**RECIPES["baseline"], **run_state.rename_flags(resumed.content["args"])}
     # The folder of the run may have been moved since.
     parser.set_defaults(**{**flags, "results_dir": results.folder})
     args = parser.parse_args(argv)
-    compare_flags(cli.plain_values(args), flags)
+    run_state.compare_flags(cli.plain_values(args), flags)
     return args, resumed
 
 
@@ -182,8 +187,10 @@ def load_data(
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
         if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
+            cure = ("change the split of the caption files" if source.annotations.has_split
+                    else "split them otherwise with --val-fraction")
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
-                            "2: add images, or split them otherwise with --val-fraction")
+                            f"2: add images, or {cure}")
     train_set, val_set = datasets
     return train_set, val_set, tokenizer
 
@@ -201,7 +208,7 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     return model
 
 
-def start_run(run: RunState, resumed: Checkpoint | None) -> None:
+def start_run(run: run_state.RunState, resumed: Checkpoint | None) -> None:
     """Restore a resumed run, or prepare the results folder for a new one."""
     if resumed:
         run.restore(resumed.content, run.results.last)
@@ -214,7 +221,7 @@ def start_run(run: RunState, resumed: Checkpoint | None) -> None:
 
 
 def report_stop(
-    args: argparse.Namespace, run: RunState, epoch: int, signal: Signals | None
+    args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
 ) -> int:
     """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
     n_ranks = distributed.world_size()

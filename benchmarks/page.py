@@ -73,7 +73,7 @@ def queries(folder: Path) -> None:
         page = folder / str(count)
         captions = [[f"{QUERY} number {i} of photo {n}" for i in range(5)] for n in range(count)]
         written = write_page(
-            page, words=words, word_embeddings=vectors, context_length=32,
+            page, words=words, word_embeddings=vectors,
             names=[f"{i}.jpg" for i in range(count)], image_embeddings=unit_rows(count),
             captions=captions, paths=[picture] * count, progress=False)
         browser.get((page / "index.html").as_uri())

@@ -55,7 +55,7 @@ def unit_rows(count: int, seed: int = 0) -> np.ndarray:
 def make_table() -> WordTable:
     """Return the word table of that model."""
     model, tokenizer = make_model(64)
-    return WordTable("", tokenizer.words, 32, {}, model.word_embeddings().numpy())
+    return WordTable("", tokenizer.words, {}, model.word_embeddings().numpy())
 
 
 def text_encoding() -> None:

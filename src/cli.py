@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,41 @@ class Parser(argparse.ArgumentParser):
                    for match in difflib.get_close_matches(name, valid, 1)]
         if nearest:
             message += f"; did you mean {', '.join(nearest)}?"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.exit(2)  # the first process of this machine prints it
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
+
+
+class SearchParser(Parser):
+    """A Parser whose texts may also follow flags, and that refuses a repeated flag.
+
+    Flags with the action "extend" may be repeated.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description)
+        self.seen: set[str] = set()
+        self.register("action", None, _StoreOnce)
+
+    def parse_args(
+        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line."""
+        self.seen.clear()
+        return self.parse_intermixed_args(args, namespace)
+
+
+class _StoreOnce(argparse._StoreAction):
+    """Store a value; a second value of the same flag is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and self.dest in parser.seen:
+            parser.error(f"{option_string} is given twice")
+        parser.seen.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,8 +226,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--deterministic", action="store_true",
                          help="give the same bits in every run on a GPU too, at some cost in "
                          "speed; a CPU always does")
-    machine.add_argument("--resume", action="store_true",
-                         help="continue the run in --results-dir with its flags")
+    machine.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
+                         help="continue the run in --results-dir with its flags; auto: continue it "
+                         "if there is one, and start it otherwise")
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:

@@ -467,12 +467,12 @@ def _read_parquet(path: Path, choose: Choose) -> tuple[str, list[str], Columns, 
     Only the chosen columns are read: the files of Hugging Face contain the images too.
     """
     try:
-        import pyarrow.parquet as pq
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError("is a parquet file, which is read with pyarrow: pip install pyarrow"
                          ) from error
     try:
-        file = pq.ParquetFile(path)
+        file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         columns = choose(names)
         if columns is None:
@@ -483,7 +483,7 @@ def _read_parquet(path: Path, choose: Choose) -> tuple[str, list[str], Columns, 
         has_bytes = str(file.schema_arrow.field(columns.image).type).startswith("struct")
         items = file.read([f"{name}.path" if has_bytes and name == names[columns.image] else name
                            for name in used]).to_pylist()
-    except pq.lib.ArrowException as error:
+    except ArrowException as error:
         raise ValueError(f"is a damaged parquet file: {error}") from error
     rows = (FileRow(f"row {number}", [item.get(name) for name in names])
             for number, item in enumerate(items, 1))

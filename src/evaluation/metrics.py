@@ -125,18 +125,23 @@ def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
     """Return one epoch of a run's log as a row below EPOCH_HEADER; `*` marks the best so far.
 
     Args:
-        line: of the log.
+        line: of the log; without validation its metrics are empty, and shown as nan.
         is_best: whether its rsum is the highest so far.
         epochs: of the whole run, to estimate the time that is left.
     """
     metrics, seconds = line["metrics"], line["time"]["seconds"] + line["time"]["validation_seconds"]
+
+    def cell(name: str, width: int) -> str:
+        # A run without validation has no metrics.
+        return f"{metrics[name]:{width}.1f}" if metrics else f"{'-':>{width}}"
+
     text_to_image, image_to_text = (
-        "".join(f"{metrics[f'{direction}_R@{k}']:6.1f}" for k in RECALL_AT)
+        "".join(cell(f"{direction}_R@{k}", 6) for k in RECALL_AT)
         for direction in ("text_to_image", "image_to_text"))
     left = format_seconds((epochs - line["epoch"]) * seconds) if line["epoch"] < epochs else ""
+    best = "*" if is_best and metrics else " "
     return (f"{line['epoch']:5}{line['loss']:8.3f} {text_to_image}    {image_to_text} "
-            f"{metrics['rsum']:8.1f}{'*' if is_best else ' '}{format_seconds(seconds):>8}{left:>8}"
-            ).rstrip()
+            f"{cell('rsum', 8)}{best}{format_seconds(seconds):>8}{left:>8}").rstrip()
 
 
 def format_seconds(seconds: float) -> str:

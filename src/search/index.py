@@ -7,8 +7,9 @@ that numpy, FAISS or a vector database reads as it is; row i belongs to the i-th
 
 from __future__ import annotations
 
+import base64
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from src.utils.errors import printable
 
 BLOCK_SCORES = 1 << 20  # scores per block: 4 MB of float32, which stays in the cache
 FEW_QUERIES = 8
+DECODER = 2  # as in src/data/images.py, whose import takes longer than a search
+THUMBNAIL_BYTES = 48  # 4x4 RGB
+DUPLICATE_CHANGE = 4  # of 255, which is more than a resized or recompressed copy changes
 
 
 @dataclass
@@ -29,7 +33,12 @@ class ImageIndex:
         names: N paths relative to the folder, sorted.
         signatures: N pairs (size in bytes, modification time in ns), to detect changed files.
         embeddings: (N, D) float32 unit vectors, often memory-mapped.
-        failed: unreadable files: path -> [reason, signature].
+        failed: unreadable files: path -> [reason, signature, version of the reader].
+        digests: of the N files, to recognize an image under another name.
+        thumbnails: (N, 48) uint8, the images at 4x4 pixels, to recognize near duplicates.
+        notes: damaged images: path -> what is wrong with them.
+        about: the image folder, and for other programs the checkpoint and the model.
+        decoder: version of the decoder of the images.
     """
 
     checkpoint: str
@@ -37,6 +46,12 @@ class ImageIndex:
     signatures: list[list[int]] = field(default_factory=list)
     embeddings: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     failed: dict[str, list] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+    thumbnails: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, THUMBNAIL_BYTES), np.uint8))
+    notes: dict[str, str] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    decoder: int = DECODER
 
     @classmethod
     def load(cls, folder: Path, checkpoint: str, dim: int) -> ImageIndex:
@@ -50,28 +65,47 @@ class ImageIndex:
         reason = "was made with another checkpoint"
         try:
             content, embeddings = load_matrix(folder, "index")
-            index = cls(*(content[key] for key in ("checkpoint", "names", "signatures")),
-                        embeddings, content["failed"])
+            index = cls._from_json(content, embeddings)
             index._check(dim)
             if index.checkpoint == checkpoint:
                 return index
         except FileNotFoundError:
             return cls(checkpoint)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             reason = f"is damaged ({printable(str(error))})"
         print(f"the index in {folder} {reason} and is built again", file=sys.stderr)
         return cls(checkpoint)
+
+    @classmethod
+    def _from_json(cls, content: dict, embeddings: np.ndarray) -> ImageIndex:
+        """Return the index of index.json, also of one that an earlier version wrote."""
+        names = content["names"]
+        if content.get("decoder") is None:  # version 1 had no digests and thumbnails
+            return cls(content["checkpoint"], names, content["signatures"], embeddings,
+                       {}, [""] * len(names), np.zeros((len(names), THUMBNAIL_BYTES), np.uint8),
+                       decoder=1)
+        thumbnails = np.frombuffer(base64.b64decode(content["thumbnails"]), np.uint8)
+        return cls(content["checkpoint"], names, content["signatures"], embeddings,
+                   content["failed"], content["digests"],
+                   thumbnails.reshape(-1, THUMBNAIL_BYTES), content["notes"], content["about"],
+                   content["decoder"])
 
     def _check(self, dim: int) -> None:
         """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.checkpoint, str)
                 and isinstance(self.names, list) and all(isinstance(n, str) for n in self.names)
                 and isinstance(self.signatures, list) and isinstance(self.failed, dict)
-                and all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-                        for entry in self.failed.values())):
+                and all(isinstance(pair, list) and len(pair) == 2 for pair in self.signatures)
+                and all(isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
+                        for entry in self.failed.values())
+                and isinstance(self.digests, list) and all(isinstance(d, str) for d in self.digests)
+                and all(isinstance(texts, dict) and all(isinstance(t, str) for t in texts.values())
+                        for texts in (self.notes, self.about))):
             raise ValueError("values of another type")
-        if not len(self.names) == len(self.signatures) == len(self.embeddings):
-            raise ValueError(f"{len(self.embeddings)} embeddings for {len(self.names)} names")
+        if not len(self.names) == len(self.signatures) == len(self.embeddings) \
+                == len(self.digests) == len(self.thumbnails):
+            raise ValueError(f"{len(self.embeddings)} embeddings, {len(self.names)} names, "
+                             f"{len(self.digests)} digests")
         if len(set(self.names)) < len(self.names):
             raise ValueError("a repeated name")
         if self.names and self.embeddings.shape[1] != dim:
@@ -80,9 +114,56 @@ class ImageIndex:
     def save(self, folder: Path) -> None:
         """Write the index atomically. Raises UserError like `save_matrix`."""
         save_matrix(folder, "index", {
-            "checkpoint": self.checkpoint, "names": self.names, "signatures": self.signatures,
-            "failed": self.failed,
+            "about": self.about, "checkpoint": self.checkpoint, "decoder": self.decoder,
+            "names": self.names, "signatures": self.signatures, "digests": self.digests,
+            "failed": self.failed, "notes": self.notes,
+            "thumbnails": base64.b64encode(self.thumbnails.tobytes()).decode(),
         }, self.embeddings)
+
+    def take(self, rows: list[int]) -> ImageIndex:
+        """Return an index of some of the images."""
+        names = [self.names[i] for i in rows]
+        kept = set(names)
+        return replace(
+            self, names=names, signatures=[self.signatures[i] for i in rows],
+            embeddings=self.embeddings[rows], digests=[self.digests[i] for i in rows],
+            thumbnails=self.thumbnails[rows],
+            notes={name: note for name, note in self.notes.items() if name in kept})
+
+    def merge(self, parts: list[ImageIndex]) -> None:
+        """Add the images and failures of other indexes, and sort the images by name."""
+        parts = [part for part in [self, *parts] if part.names or part.failed]
+        names = [name for part in parts for name in part.names]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        matrices = [part.embeddings for part in parts if part.names]
+        if order:
+            self.embeddings = np.concatenate(matrices)[order]
+            self.thumbnails = np.concatenate(
+                [part.thumbnails for part in parts if part.names])[order]
+        for key in ("names", "signatures", "digests"):
+            values = [value for part in parts for value in getattr(part, key)]
+            setattr(self, key, [values[i] for i in order])
+        for part in parts:
+            self.failed, self.notes = self.failed | part.failed, self.notes | part.notes
+
+    def near_duplicates(self, row: int) -> np.ndarray:
+        """Return the rows of images that look like one of them, that one included.
+
+        They have the same content, or all of their 4x4 thumbnails' values differ by at most
+        DUPLICATE_CHANGE: copies that were resized or saved again.
+        """
+        own = self.thumbnails[row].astype(np.int16)
+        rows = np.flatnonzero(abs(self.thumbnails[:, 0] - own[0]) <= DUPLICATE_CHANGE)  # for speed
+        return rows[(abs(self.thumbnails[rows] - own) <= DUPLICATE_CHANGE).all(1)]
+
+    def groups(self) -> list[int]:
+        """Return a number for each image, the same for near duplicates."""
+        groups = np.full(len(self.names), -1)
+        for row in range(len(groups)):
+            if groups[row] < 0:
+                similar = self.near_duplicates(row)
+                groups[similar[groups[similar] < 0]] = row
+        return groups.tolist()
 
     def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the exact nearest images of Q queries, in one pass over the matrix by blocks.

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from src.data.images import load_image, write_image
+from src.data.images import DECODER, load_image, write_image
 from src.models.tokenizer import split_words
 from src.search.update_index import holds_page
 from src.utils.errors import UserError
@@ -44,11 +44,11 @@ def write_page(
     *,
     words: list[str],
     word_embeddings: np.ndarray,
-    context_length: int,
     names: list[str],
     image_embeddings: np.ndarray,
     captions: list[list[str]],
     paths: list[Path],
+    groups: list[int] | None = None,
     title: str = "Photo search",
     progress: bool = True,
 ) -> dict:
@@ -61,12 +61,12 @@ def write_page(
         folder: where the page is written.
         words: the vocabulary in the order of the ids, <pad> and <unk> first.
         word_embeddings: (V, D) float32. The embedding of a text is the mean of the rows of its
-            first `context_length` words, at unit length; unknown words take row 1.
-        context_length: number of words of a text that are used.
+            words, at unit length; unknown words take row 1.
         names: shown on the page, which holds no other part of the paths.
         image_embeddings: (N, D) float32 unit vectors.
         captions: shown with each image, which may have none.
         paths: the N image files.
+        groups: N numbers, the same for near duplicates; None if there are none.
         title: of the page.
         progress: show progress bars.
 
@@ -87,18 +87,19 @@ def write_page(
         raise ValueError(f"{len(words)} words from {words[:2]}, word vectors "
                          f"{word_embeddings.shape}, image vectors {image_embeddings.shape}")
     _check_folder(folder)
+    names, groups = _display_names(names), groups or list(range(n_images))
     parts = {name: _write(folder, name, (ASSETS / name).read_bytes()) for name in ASSET_NAMES}
     pictures, reasons, made = _write_pictures(folder, paths, progress)
     kept = [i for i in range(n_images) if not reasons[i]]
     data = {"data/words.js": _script("addWords", {
-        "dim": dim, "contextLength": context_length, "photos": len(kept), "words": words,
+        "dim": dim, "photos": len(kept), "words": words,
         "examples": example_queries(words, [captions[i] for i in kept]),
         **quantize(word_embeddings),
     })}
     for start in range(0, len(kept), IMAGES_PER_FILE):
         block = kept[start:start + IMAGES_PER_FILE]
         data[f"data/photos-{start // IMAGES_PER_FILE:03}.js"] = _script("addPhotos", {
-            "names": [_well_formed(names[i]) for i in block],
+            "names": [names[i] for i in block], "groups": [groups[i] for i in block],
             "captions": [[_well_formed(caption) for caption in captions[i]] for i in block],
             "pictures": [pictures[i] for i in block],
             **quantize(image_embeddings[block]),
@@ -155,7 +156,7 @@ def _write_pictures(
 
 def _digest(path: Path) -> tuple[str, str]:
     """Return the digest of a file and '', or '' and why it cannot be read."""
-    digest = hashlib.blake2b(f"{THUMBNAIL} {FULL_SIZE}".encode(), digest_size=10)
+    digest = hashlib.blake2b(f"{THUMBNAIL} {FULL_SIZE} {DECODER}".encode(), digest_size=10)
     try:
         if not path.is_file():
             return "", "no such file"
@@ -170,7 +171,7 @@ def _digest(path: Path) -> tuple[str, str]:
 def _write_picture(folder: Path, digest: str, path: Path) -> tuple[str, str]:
     """Write both sizes of an image; return their name and '', or '' and why it cannot be read."""
     try:
-        image = load_image(path, longest=FULL_SIZE)
+        image = load_image(path, FULL_SIZE, [])
     except (OSError, ValueError) as error:
         return "", str(error)
     image.info = {}  # a comment would be written too, and the page may be published
@@ -205,6 +206,21 @@ def example_queries(words: list[str], captions: list[list[str]], count: int = 6)
              if 3 <= len(split) <= 7 and known.issuperset(split)}
     pool = sorted(short, key=lambda text: hashlib.sha256(text.encode()).digest())
     return pool[:count] or [word for word in words[2:80] if len(word) > 3][:count]
+
+
+def _display_names(names: list[str]) -> list[str]:
+    """Return names that are valid text, and all different: the page finds an image by its name."""
+    shown: dict[str, int] = {}
+    for name in names:
+        # Python keeps bytes that are not UTF-8 as surrogates from U+DC80 on.
+        text = unique = _well_formed(re.sub(
+            "[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", name))
+        count = 1
+        while unique in shown:
+            count += 1
+            unique = f"{text} ({count})"
+        shown[unique] = count
+    return list(shown)
 
 
 def _well_formed(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,7 +58,8 @@ def serve_page(folder: Path, port: int = 8000) -> None:
         raise UserError(f"cannot serve on port {port} ({reason}): choose another one") from error
     with server:
         try:
-            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C stops it", flush=True)
+            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C stops it",
+                  file=sys.stderr, flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
-            print()
+            print(file=sys.stderr)

@@ -7,6 +7,8 @@ whose import alone takes seconds.
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from src.models.dual_encoder import DualEncoder
 
 NEAR_WORDS = 4
+NEGATIVE = re.compile(r"(?<!\S)-(?=[^\W_])\S+")  # "-people", but not "t-shirt" or " - "
 
 
 @dataclass
@@ -33,25 +36,30 @@ class WordTable:
     Attributes:
         checkpoint: fingerprint of the checkpoint file.
         words: V words in the order of their ids, <pad> and <unk> first.
-        context_length: number of words of a caption that are used in training.
         args: flags of the training run, which name its image folder.
         vectors: (V, D) float32, each word in the shared space, not normalized.
     """
 
     checkpoint: str
     words: list[str]
-    context_length: int
     args: dict
     vectors: np.ndarray
 
     def __post_init__(self) -> None:
         """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
-                and isinstance(self.args, dict) and isinstance(self.context_length, int)):
+                and isinstance(self.args, dict)):
             raise ValueError("values of another type")
         if len(self.words) != len(self.vectors) or self.words[:2] != [PAD, UNK]:
             raise ValueError(f"{len(self.vectors)} vectors for {len(self.words)} words")
         self.ids = {word: i for i, word in enumerate(self.words) if i > Tokenizer.unk_id}
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Return what the index says about the model, for other programs."""
+        names = ("image_encoder", "image_size", "weights", "recipe")
+        model = {name: str(self.args[name]) for name in names if self.args.get(name) is not None}
+        return {"dim": str(self.dim), **model}
 
     @property
     def dim(self) -> int:
@@ -73,29 +81,34 @@ def load_words(
         UserError: the checkpoint cannot be read, or the table cannot be written.
     """
     key = fingerprint(checkpoint)
+
+    def stored() -> WordTable | None:
+        try:
+            content, vectors = load_matrix(folder, "words")
+            if content["checkpoint"] == key:
+                return WordTable(key, content["words"], content["args"], vectors)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError) as error:
+            print(f"the word vectors in {folder} are damaged and are built again "
+                  f"({printable(str(error))})", file=sys.stderr)
+        return None
+
     try:
         with exclusive_lock(folder / "words.lock"):
-            try:
-                content, vectors = load_matrix(folder, "words")
-                if content["checkpoint"] == key:
-                    return WordTable(key, content["words"], content["context_length"],
-                                     content["args"], vectors)
-            except FileNotFoundError:
-                pass
-            except (ValueError, KeyError) as error:
-                print(f"the word vectors in {folder} are damaged and are built again "
-                      f"({printable(str(error))})", file=sys.stderr)
-            model, tokenizer, content = load()
-            args = {name: value for name, value in content.get("args", {}).items()
-                    if isinstance(value, str | int | float | list | None)}  # what JSON holds
-            table = WordTable(key, tokenizer.words, tokenizer.context_length, args,
-                              model.word_embeddings().cpu().numpy())
-            save_matrix(folder, "words", {
-                "checkpoint": key, "words": table.words, "args": table.args,
-                "context_length": table.context_length,
-            }, table.vectors)
+            table = stored()
+            if table is None:
+                model, tokenizer, content = load()
+                args = {name: value for name, value in content.get("args", {}).items()
+                        if isinstance(value, str | int | float | list | None)}  # what JSON holds
+                table = WordTable(key, tokenizer.words, args,
+                                  model.word_embeddings().cpu().numpy())
+                save_matrix(folder, "words", {
+                    "checkpoint": key, "words": table.words, "args": table.args}, table.vectors)
             return table
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (table := stored()):
+            return table  # on a read-only disk
         raise UserError(f"cannot keep word vectors in {folder}: {error.strerror or error}; choose "
                         "another place with --index-dir") from error
 
@@ -106,7 +119,7 @@ class TextQuery:
 
     Attributes:
         text: the text as typed.
-        words: its W words in order.
+        words: its W words in order, and those to avoid as "-word".
         unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
         embedding: (D,) float32 unit vector.
         word_parts: (W, D) float32; their sum is the embedding.
@@ -128,21 +141,29 @@ class TextQuery:
 
 
 def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
-    """Return the embedded texts.
+    """Return the embedded texts; "beach -people" subtracts the vector of a word.
 
     Raises:
         UserError: a text has no known word; the message suggests spellings.
     """
     queries = []
     for text in texts:
-        words = split_words(text)  # all of them: a mean has no context length
-        unknown = list(dict.fromkeys(word for word in words if word not in table.ids))
-        if len(unknown) == len(set(words)):
+        words = split_words(NEGATIVE.sub(" ", text))  # all of them: a mean has no context length
+        avoided = [word for part in NEGATIVE.findall(text) for word in split_words(part)]
+        unknown = list(dict.fromkeys(
+            word for word in [*words, *avoided] if word not in table.ids))
+        if not set(words) - set(unknown):
             raise UserError(f"no word of {text!r} is known to the model"
-                            + "".join(f"; {hint}" for hint in spelling_hints(unknown, table)))
+                            + "".join(f"; {hint}" for hint in spelling_hints(unknown, table))
+                            + ("; words to avoid need a word to search for" if avoided else ""))
         parts = table.vectors[[table.ids.get(word, Tokenizer.unk_id) for word in words]]  # (W, D)
+        if avoided:  # an unknown word to avoid changes nothing
+            known = [table.vectors[table.ids[word]] if word in table.ids else 0 * parts[0]
+                     for word in avoided]
+            parts = np.concatenate([parts, -np.stack(known)])
         parts = parts / (np.linalg.norm(parts.sum(0)) or 1)
-        queries.append(TextQuery(text, words, unknown, parts.sum(0), parts))
+        queries.append(TextQuery(
+            text, [*words, *(f"-{word}" for word in avoided)], unknown, parts.sum(0), parts))
     return queries
 
 

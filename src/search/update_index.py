@@ -1,32 +1,77 @@
 """Bring the index of a folder up to date: embed new and changed images, remove missing ones.
 
-With several processes rank 0 finds the new images, writes the index and answers; all ranks embed.
+Images are known by their content: one that was renamed, moved, copied or touched keeps its
+embedding. With several processes rank 0 finds the new images, writes the index and answers; all
+ranks embed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.search.index import ImageIndex
+from src.search.index import DECODER, THUMBNAIL_BYTES, ImageIndex
 from src.utils.errors import UserError, printable
-from src.utils.files import exclusive_lock
+from src.utils.files import content_digest, exclusive_lock
 
 if TYPE_CHECKING:  # with an index that is up to date no model is needed, and no torch
     from src.models.dual_encoder import DualEncoder
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 BATCH_SIZE = 64
 SAVE_SECONDS = 30.0  # seconds between saves while embedding
+SHOWN = 3  # names of files in a message that counts more
 PAGE_MARK = b"// Photo search"  # how the search.js of a page starts
+
+# The extensions of Pillow's readers, and of formats that are named if they cannot be read. Listed
+# here because importing Pillow takes longer than a search.
+SUFFIXES = frozenset(
+    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .flc .fli .ftc .ftu .gbr .gif "
+    ".heic .heics .heif .heifs .hif .icb .icns .ico .im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf "
+    ".jpg .jpx .jxl .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb "
+    ".rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm".split())
+RAW_SUFFIXES = frozenset(
+    ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf "
+    ".raw .rw2 .rwl .sr2 .srf .srw .x3f".split())
+# Not looked into, since there are many of them beside images. Other files are tried by content.
+OTHER_SUFFIXES = frozenset(
+    ".aae .avi .css .csv .db .doc .docx .eps .gz .htm .html .ini .js .json .jsonl .log .lrv .m4a "
+    ".m4v .md .mkv .mov .mp3 .mp4 .mpeg .mpg .npy .pdf .pp3 .ps .pth .py .svg .tar .thm .txt .wav "
+    ".webm .xls .xlsx .xml .xmp .yaml .zip".split())
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"8BPS", b"qoif",
+              b"DDS ", b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+# Thumbnails and deleted files of other programs.
+DEFAULT_EXCLUDES = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found", "node_modules")
+
+
+@dataclass
+class Scan:
+    """The files of a folder.
+
+    Attributes:
+        found: images: relative path -> [size in bytes, modification time in ns].
+        unusable: files and folders that cannot be read: relative path -> reason.
+        excluded: relative paths that match a pattern.
+        others: number of files that are not images, by extension.
+    """
+
+    found: dict[str, list[int]] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
+    excluded: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
 
 
 def holds_page(folder: Path) -> bool:
@@ -38,61 +83,114 @@ def holds_page(folder: Path) -> bool:
         return False
 
 
-def find_images(images: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+def looks_like_image(path: str) -> bool:
+    """Return whether a file starts like an image, whatever its extension."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError:
+        return False
+    return (head.startswith(SIGNATURES) or head[:4] + head[8:12] == b"RIFFWEBP"
+            or head[4:8] == b"ftyp" and head[8:12] in BRANDS
+            or head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a path, or one of its parts, matches a pattern such as '*.gif' or 'raw'."""
+    parts = [name, *name.split(os.sep)]
+    return any(fnmatchcase(part, pattern) for pattern in patterns for part in parts)
+
+
+def find_images(images: Path, exclude: Iterable[str] = (), follow_links: bool = False) -> Scan:
     """Return the image files below a folder.
 
-    Hidden files and folders and search pages are skipped. Links to folders are not followed, so a
-    cycle of links cannot occur.
+    Hidden files and folders, search pages, and what matches DEFAULT_EXCLUDES are skipped.
 
-    Returns:
-        the images: relative path -> [size in bytes, modification time in ns]; and the files that
-        cannot be used: relative path -> reason.
+    Args:
+        images: the folder.
+        exclude: patterns of names and relative paths to skip.
+        follow_links: also search linked folders, and files outside the folder.
 
     Raises:
         UserError: there is no such folder.
     """
     if not images.is_dir():
-        raise UserError(f"there is no folder of photos {images}; give one with --images")
-    found, unusable, links = {}, {}, []
-
-    def skip_folder(error: OSError) -> None:
-        unusable[os.path.relpath(error.filename, images)] = error.strerror or str(error)
-
-    for folder, subfolders, files in os.walk(images, onerror=skip_folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")
-                         and not holds_page(Path(folder, name))]
-        below = os.path.relpath(folder, images)
-        for file in files:
-            if os.path.splitext(file)[1].lower() not in SUFFIXES or file.startswith("."):
+        raise UserError(f"there is no folder of photos {images}; give one with --images DIR "
+                        "(texts must come before it)")
+    scan, links, visited = Scan(), [], set()
+    patterns = [*DEFAULT_EXCLUDES, *exclude]
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        try:
+            with os.scandir(os.path.join(images, below)) as listed:
+                entries = list(listed)
+            status = os.stat(os.path.join(images, below))
+        except OSError as error:
+            scan.unusable[below.rstrip(os.sep) or "."] = error.strerror or str(error)
+            continue
+        is_page = any(entry.name == "search.js" for entry in entries)
+        if (status.st_dev, status.st_ino) in visited or (
+                below and is_page and holds_page(images / below)):
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            name, suffix = below + entry.name, os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
                 continue
-            name = file if below == "." else os.path.join(below, file)
-            try:
-                status = os.stat(os.path.join(folder, file))
-            except OSError as error:  # such as a broken link
-                unusable[name] = error.strerror or str(error)
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                unusable[name] = "not a regular file"  # reading a pipe would block
-                continue
-            found[name] = [status.st_size, status.st_mtime_ns]
-            if os.path.islink(os.path.join(folder, file)):
-                links.append(name)
-    if links:
+            if matches(entry.name, patterns) or below and exclude and matches(name, exclude):
+                scan.excluded.append(name)
+            elif _is_folder(entry):
+                if entry.is_symlink() and not follow_links:
+                    scan.unusable[name] = "a link to a folder: --follow-links searches it"
+                else:
+                    folders.append(name + os.sep)
+            elif suffix in RAW_SUFFIXES:
+                scan.unusable[name] = f"camera RAW files ({suffix}) are not supported: export JPEG"
+            elif suffix in OTHER_SUFFIXES or (
+                    suffix not in SUFFIXES and not looks_like_image(entry.path)):
+                scan.others[suffix or "no extension"] += 1
+            else:
+                try:
+                    status = entry.stat()
+                except OSError as error:  # such as a broken link
+                    scan.unusable[name] = error.strerror or str(error)
+                    continue
+                if not stat.S_ISREG(status.st_mode):
+                    scan.unusable[name] = "not a regular file"  # reading a pipe would block
+                    continue
+                scan.found[name] = [status.st_size, status.st_mtime_ns]
+                if entry.is_symlink():
+                    links.append(name)
+    if links and not follow_links:
         from src.data.images import find_escaping_links
 
         for name in find_escaping_links(images, links):
-            del found[name]
-            unusable[name] = "a link to a file outside the folder"
-    return found, unusable
+            del scan.found[name]
+            scan.unusable[name] = "a link to a file outside the folder: --follow-links searches it"
+    return scan
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder or a link to one; False for a cycle of links."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def update_index(
-    folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder]
+    folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder],
+    *, exclude: Iterable[str] = (), follow_links: bool = False, prune: bool = False,
+    about: dict[str, str] | None = None,
 ) -> ImageIndex:
     """Bring the index in `folder` up to date with the images below `images`, and return it.
 
     New and changed images are embedded, missing ones are removed, unreadable ones are named and
-    skipped until they change. Ctrl-C keeps what is done.
+    skipped until they change. Ctrl-C keeps what is done. If more than half of the images are
+    missing, they stay in the index, but not in what is returned.
 
     Args:
         folder: where the index is stored, created if missing.
@@ -101,123 +199,291 @@ def update_index(
         dim: D of their embeddings.
         load_model: returns the model of those weights in eval mode; called only if an image has
             to be embedded.
+        exclude: see `find_images`. Excluded images stay in the index, too.
+        follow_links: see `find_images`.
+        prune: remove missing images even if they are more than half.
+        about: stored in index.json for other programs.
 
     Raises:
-        UserError: there is no such folder or no image in it, or the index cannot be written.
+        UserError: there is no such folder or no image in it, the index belongs to another folder,
+            or it cannot be written.
     """
     try:
-        with exclusive_lock(folder / "index.lock",
-                            f"another search is updating the index in {folder}; waiting"):
-            return _update_locked(folder, images, checkpoint, dim, load_model)
+        with _lock(folder) as writable:
+            scan = find_images(images, exclude, follow_links)
+            index = ImageIndex.load(folder, checkpoint, dim)
+            if not writable and not index.names:
+                raise UserError(f"cannot keep the index in {folder}: it is read-only; choose "
+                                "another place with --index-dir")
+            index = _update(index, scan, folder, images, load_model, exclude, prune, about or {},
+                            writable)
     except OSError as error:
         raise UserError(f"cannot keep the index in {folder}: {error.strerror or error}; choose "
                         "another place with --index-dir") from error
+    report(scan, index, folder)
+    shown = [i for i, name in enumerate(index.names) if name in scan.found]
+    if not shown:
+        raise UserError(f"there is no readable image in {images}")
+    return index if len(shown) == len(index.names) else index.take(shown)
 
 
 def help_update(load_model: Callable[[], DualEncoder]) -> None:
     """Embed the part of this rank of the images that `update_index` on rank 0 finds to be new."""
     from src.utils.distributed import broadcast_object
 
-    images, new = broadcast_object(None)
-    for _ in _embedded(images, new, load_model):
-        pass
+    while task := broadcast_object(None):
+        for _ in _embedded(*task, load_model):
+            pass
 
 
-def _update_locked(
-    folder: Path, images: Path, checkpoint: str, dim: int, load_model: Callable[[], DualEncoder]
+def end_updates() -> None:
+    """Let `help_update` return on the other ranks."""
+    from src.utils.distributed import broadcast_object
+
+    broadcast_object(None)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of an index; yield False without a lock if the folder is read-only."""
+    lock = exclusive_lock(folder / "index.lock",
+                          f"another search is updating the index in {folder}; waiting")
+    try:
+        lock.__enter__()
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _update(
+    index: ImageIndex, scan: Scan, folder: Path, images: Path,
+    load_model: Callable[[], DualEncoder], exclude: Iterable[str], prune: bool,
+    about: dict[str, str], writable: bool,
 ) -> ImageIndex:
-    found, unusable = find_images(images)
-    index = ImageIndex.load(folder, checkpoint, dim)
-    current = dict(zip(index.names, index.signatures, strict=True))
-    failed = {name: entry for name, entry in index.failed.items() if found.get(name) == entry[1]}
-    new = [name for name in sorted(found)
-           if current.get(name) != found[name] and name not in failed]
+    """Return the updated index, which may hold images that are not in `scan`; save it."""
+    found, current = scan.found, dict(zip(index.names, index.signatures, strict=True))
+    kept = {name for name, digest in zip(index.names, index.digests, strict=True)
+            if found.get(name) == current[name] and (digest or index.decoder != DECODER)}
+    reusable = {}  # embeddings that are right if the decoder gives the same pixels as before
+    if index.decoder != DECODER:
+        print(f"the index in {folder} was written by an earlier version: its photos are read again",
+              file=sys.stderr)
+        reusable = {name: index.embeddings[i] for i, name in enumerate(index.names) if name in kept}
+        kept = set()
+    failed = _known_failures(index, found)
+    new = [name for name in sorted(found) if name not in kept and name not in failed]
+    moved = {} if reusable else _find_content(index, images, {name: found[name] for name in new})
+    gone = _check_missing(index, scan, folder, images, set(moved.values()), exclude, prune)
+    new = [name for name in new if name not in moved]
     if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
         from src.utils.distributed import broadcast_object
 
-        broadcast_object((images, new))
-    keep = [row for row, name in enumerate(index.names)
-            if name in found and current[name] == found[name]]
-    if new or len(keep) < len(index.names) or failed != index.failed:
-        index.failed = failed
-        index.embeddings = index.embeddings[keep]
-        index.names = [index.names[row] for row in keep]
-        index.signatures = [index.signatures[row] for row in keep]
-        _embed_new(index, folder, images, {name: found[name] for name in new}, load_model)
-    unusable |= {name: reason for name, (reason, _) in index.failed.items()}
-    if unusable:
-        print(f"{len(unusable):,} files could not be read and are left out:", file=sys.stderr)
-        for name, reason in sorted(unusable.items()):
-            print(printable(f"  {name}: {reason}".replace("\n", " ")), file=sys.stderr)
-    if not index.names:
-        raise UserError(f"there is no readable image in {images}")
+        broadcast_object((images, {name: found[name] for name in new}, reusable))
+    if not writable:
+        if new:
+            print(f"the index in {folder} cannot be written: {_files(new)} "
+                  "new or changed, and not searched", file=sys.stderr)
+    rows = [i for i, name in enumerate(index.names) if name in kept or name in gone]
+    about = {**about, "folder": str(images.resolve())}
+    old_names = set(index.names)
+    if new or moved or len(rows) < len(index.names) or failed != index.failed or (
+            writable and about != index.about):
+        n_removed = len(old_names - set(scan.found) - gone - {
+            index.names[i] for i in moved.values()})
+        rest = index.take(rows)
+        copies = index.take(list(moved.values()))
+        copies.names, copies.signatures = list(moved), [found[name] for name in moved]
+        copies.notes = {name: index.notes[index.names[i]] for name, i in moved.items()
+                        if index.names[i] in index.notes}
+        rest.merge([copies])
+        rest.failed, rest.about, rest.decoder = failed, about, DECODER
+        if writable:
+            n_new = _embed_new(rest, folder, images, {name: found[name] for name in new}, reusable,
+                               load_model)
+            done = "read again" if reusable else "embedded"
+            changes = [f"{n_new:,} photos {done}"] if n_new else []
+            changes += [f"{len(moved):,} known by their content"] if moved else []
+            changes += [f"{n_removed:,} removed"] if n_removed else []
+            if changes:
+                print("index: " + ", ".join(changes), file=sys.stderr)
+        index = rest
     return index
+
+
+def _known_failures(index: ImageIndex, found: dict[str, list[int]]) -> dict[str, list]:
+    """Return the failures of files that have not changed, and that the same reader tried."""
+    if not index.failed:
+        return {}
+    from src.data.images import reader_version
+
+    return {name: entry for name, entry in index.failed.items()
+            if name in found and found[name] == entry[1] and entry[2] == reader_version()}
+
+
+def _find_content(
+    index: ImageIndex, images: Path, new: dict[str, list[int]]
+) -> dict[str, int]:
+    """Return which of the new files have the content of an indexed image: name -> its row."""
+    sizes = {signature[0] for signature in index.signatures}
+    names = [name for name, (size, _) in new.items() if size in sizes]
+    if not names:
+        return {}
+    rows = {digest: i for i, digest in enumerate(index.digests)}
+
+    def digest(name: str) -> str:
+        try:
+            return content_digest(images / name)
+        except OSError:  # reported when it is decoded
+            return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = zip(names, pool.map(digest, names), strict=True)
+        return {name: rows[digest] for name, digest in digests if digest in rows}
+
+
+def _check_missing(
+    index: ImageIndex, scan: Scan, folder: Path, images: Path, moved: set[int],
+    exclude: Iterable[str], prune: bool,
+) -> set[str]:
+    """Return the names of missing images that stay in the index: excluded ones, or too many.
+
+    Raises:
+        UserError: the folder is empty, or the index belongs to another folder.
+    """
+    hidden = {name for name in index.names if name not in scan.found and matches(name, exclude)}
+    gone = {name for i, name in enumerate(index.names)
+            if name not in scan.found and name not in hidden and i not in moved
+            and not matches(name, DEFAULT_EXCLUDES)}
+    if prune or 2 * len(gone) <= len(index.names):
+        return hidden
+    owner = index.about.get("folder", str(images.resolve()))
+    if owner != str(images.resolve()):
+        raise UserError(
+            f"the index in {folder} belongs to the folder {owner}, and {len(gone):,} of its "
+            f"{len(index.names):,} photos are not in {images}: choose another folder with "
+            "--index-dir, or replace them with --prune")
+    missing = (f"{len(gone):,} of the {len(index.names):,} photos of the index are missing in "
+               f"{images}: is a drive not connected? The index keeps them; --prune removes them")
+    if not scan.found and not scan.excluded:
+        raise UserError(missing)
+    print(missing, file=sys.stderr)
+    return hidden | gone
+
+
+def report(scan: Scan, index: ImageIndex, folder: Path) -> None:
+    """Print which files are not searched, or only in part, by reason."""
+    def print_reasons(title: str, reasons: dict[str, str]) -> None:
+        by_reason = defaultdict(list)
+        for name, reason in sorted(reasons.items()):
+            by_reason[reason].append(name)
+        if reasons:
+            print(f"{len(reasons):,} {title}:", file=sys.stderr)
+        for reason, names in by_reason.items():
+            print(printable(f"  {_files(names)}: {reason}".replace("\n", " ")), file=sys.stderr)
+        if any(len(names) > SHOWN for names in by_reason.values()) and index.failed:
+            print(f"  all names are in {folder / 'index.json'}", file=sys.stderr)
+
+    failed = {name: entry[0] for name, entry in index.failed.items()}
+    print_reasons("files cannot be read and are not searched", scan.unusable | failed)
+    print_reasons("files are damaged and searched in part", index.notes)
+    if scan.excluded:
+        print(printable(f"excluded: {_files(sorted(scan.excluded))}"), file=sys.stderr)
+    if scan.others:
+        counts = ", ".join(f"{n:,} {suffix}" for suffix, n in scan.others.most_common(6))
+        more = ", …" if len(scan.others) > 6 else ""
+        print(printable(f"not images: {scan.others.total():,} files ({counts}{more})"),
+              file=sys.stderr)
+
+
+def _files(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _embed_new(
     index: ImageIndex, folder: Path, images: Path, new: dict[str, list[int]],
-    load_model: Callable[[], DualEncoder],
-) -> None:
-    """Embed the images of `new` into the index, and save it regularly and at the end."""
-    names, parts = [], []
+    reusable: dict[str, np.ndarray], load_model: Callable[[], DualEncoder],
+) -> int:
+    """Embed the images of `new` into the index, and save it regularly and at the end.
+
+    Returns:
+        the number of images embedded.
+    """
+    parts: list[ImageIndex] = []
+    count, saved, done = 0, time.monotonic(), False
 
     def merge_and_save() -> None:
-        if parts:
-            old = [index.embeddings] if len(index.embeddings) else []
-            matrix = np.concatenate([*old, *parts])
-            all_names = index.names + names
-            order = sorted(range(len(all_names)), key=all_names.__getitem__)
-            all_signatures = index.signatures + [new[name] for name in names]
-            index.embeddings = matrix[order]
-            index.names = [all_names[row] for row in order]
-            index.signatures = [all_signatures[row] for row in order]
-            names.clear()
-            parts.clear()
+        index.merge(parts)
+        parts.clear()
         index.save(folder)
 
     try:
-        saved = time.monotonic()
-        for batch, embeddings, errors in _embedded(images, list(new), load_model):
-            names.extend(batch)
-            parts.append(embeddings)
-            for name, (reason, may_succeed) in errors.items():
-                # Without a signature the file is tried again next time.
-                index.failed[name] = [reason, None if may_succeed else new[name]]
-            if time.monotonic() - saved > SAVE_SECONDS:
+        for part in _embedded(images, new, reusable, load_model):
+            parts.append(part)
+            count += len(part.names)
+            # Embeddings of an earlier version are replaced at the end, when none is missing.
+            if time.monotonic() - saved > SAVE_SECONDS and not reusable:
                 merge_and_save()
                 saved = time.monotonic()
+        done = True
     finally:
-        merge_and_save()
+        if done or not reusable:
+            merge_and_save()
+    return count
 
 
 def _embedded(
-    images: Path, names: list[str], load_model: Callable[[], DualEncoder]
-) -> Iterator[tuple[list[str], np.ndarray, dict[str, tuple[str, bool]]]]:
+    images: Path, new: dict[str, list[int]], reusable: dict[str, np.ndarray],
+    load_model: Callable[[], DualEncoder],
+) -> Iterator[ImageIndex]:
     """Yield batches of embedded images; the next batch is decoded meanwhile.
 
-    Each rank embeds its part of a batch, and yields the parts of all ranks: the names, their
-    (B, D) embeddings, and for unreadable images the reason and whether another try may succeed.
+    Each rank embeds its part of a batch, and yields the parts of all ranks.
+
+    Args:
+        images: the image folder.
+        new: relative paths and signatures of the images to embed.
+        reusable: embeddings that are used if the decoder has not changed the image.
+        load_model: see `update_index`.
     """
-    if not names:
+    if not new:
         return
     import torch
     from tqdm import tqdm
 
-    from src.data.images import ReadError, load_resized
+    from src.data.images import (
+        ReadError,
+        is_decoded_as_before,
+        load_resized,
+        reader_version,
+        tiny_thumbnail,
+    )
     from src.data.pixel_store import store_size
     from src.evaluation.embed import embed_pixels
     from src.utils.distributed import all_gather_object, rank, split_evenly, world_size
 
     model = load_model()
-    size = store_size(model.config.image_size)
+    size, dim = store_size(model.config.image_size), model.config.embed_dim
 
-    def decode(name: str) -> np.ndarray | tuple[str, bool]:
+    def decode(name: str) -> tuple[str, np.ndarray, str] | list:
+        """Return digest, pixels and note; or the reason of a failure and its signature."""
+        notes: list[str] = []
         try:
-            return load_resized(images / name, size)
-        except ValueError as error:
-            return str(error), isinstance(error, ReadError)
+            pixels = load_resized(images / name, size, notes)
+            return content_digest(images / name), pixels, "; ".join(notes)
+        except ReadError as error:
+            return [str(error), None, ""]  # without a signature it is tried again next time
+        except (OSError, ValueError) as error:
+            return [str(error), new[name], reader_version()]
 
-    step = BATCH_SIZE * world_size()
+    names, step = list(new), BATCH_SIZE * world_size()
     batches = [names[i : i + step] for i in range(0, len(names), step)]
     own = [[batch[i] for i in split_evenly(len(batch))[rank()]] for batch in batches]
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
@@ -227,13 +493,23 @@ def _embedded(
         for batch, following in zip(own, [*own[1:], []], strict=True):
             results = dict(zip(batch, ahead, strict=True))
             ahead = pool.map(decode, following)
-            good = [name for name in batch if isinstance(results[name], np.ndarray)]
-            errors = {name: result for name, result in results.items()
-                      if not isinstance(result, np.ndarray)}
-            embeddings = np.zeros((0, model.config.embed_dim), np.float32)
-            if good:
-                pixels = torch.from_numpy(np.stack([results[name] for name in good]))
-                embeddings = embed_pixels(model, pixels).numpy()
-            for part in all_gather_object((good, embeddings, errors)):
-                yield part
-                bar.update(len(part[0]) + len(part[2]))
+            good = {name: result for name, result in results.items() if isinstance(result, tuple)}
+            embeddings = np.zeros((len(good), dim), np.float32)
+            same = [name in reusable and is_decoded_as_before(images / name) for name in good]
+            for i, name in enumerate(good):
+                if same[i]:
+                    embeddings[i] = reusable[name]
+            fresh = [i for i, is_same in enumerate(same) if not is_same]
+            if fresh:
+                pixels = np.stack([pixels for _, pixels, _ in good.values()])[fresh]
+                embeddings[fresh] = embed_pixels(model, torch.from_numpy(pixels)).numpy()
+            part = ImageIndex(
+                "", list(good), [new[name] for name in good], embeddings,
+                {name: result for name, result in results.items() if isinstance(result, list)},
+                [digest for digest, _, _ in good.values()],
+                np.array([tiny_thumbnail(pixels) for _, pixels, _ in good.values()],
+                         np.uint8).reshape(len(good), THUMBNAIL_BYTES),
+                {name: note for name, (_, _, note) in good.items() if note})
+            for gathered in all_gather_object(part):
+                yield gathered
+                bar.update(len(gathered.names) + len(gathered.failed))

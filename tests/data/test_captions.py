@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -575,3 +576,67 @@ def test_no_row_of_any_file_is_lost(
             content[place : place + len(text)] = bytes([byte]) if what == "byte" else b""
     (tmp_path / "captions").write_bytes(content)
     check_file(tmp_path / "captions")
+
+
+# --- reported files --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.parametrize(("path", "expected"), [
+    ("train-01/captions.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats"])]),
+    ("train-02/captions.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats"])]),
+    ("train-03/metadata.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats", "boats at sea"]),
+                               ("c.jpg", ["a cat", "a grey cat"])]),
+    ("train-05/multiline.csv", [("a.jpg", ["a man takes a picture"]),
+                                ("b.jpg", ["a dog and a cat"]), ("c.jpg", ["two boats"])]),
+    ("train-06/captions_val2017.json", [("a.jpg", ["a red dog"])]),
+    ("train-06/hash_number.csv", [("a.jpg", ["a red dog", "a dog"])]),
+    ("train-06/python_list.csv", [("a.jpg", ["a red dog", "a dog"])]),
+    ("train-06/split_training.json", [("a.jpg", ["a red dog"]), ("b.jpg", ["two boats"])]),
+    ("train-06/no_extension.csv", [("a", ["a red dog"]), ("b", ["two boats"])]),
+])
+def test_reported_files_are_read(path: str, expected: Captions) -> None:
+    """Files of public reports give their captions, and no row is rejected."""
+    found = read_annotations(CASES / path)
+    assert captions_in(found) == expected and found.rejected == []
+    if path.startswith(("train-03", "train-06/split")):
+        assert [r.split for r in found.records] == ["train", "val", "test"][: len(expected)]
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+def test_a_reported_file_without_its_header_is_refused(tmp_path: Path) -> None:
+    """A third column in every row could be anything: the columns are shown."""
+    text = (CASES / "train-01" / "captions.csv").read_text().split("\n", 1)[1]
+    with pytest.raises(UserError, match="--image-column '1' --caption-column '2'"):
+        read(tmp_path, text)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Text, lists and image structs of the datasets library, without reading the image bytes."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    columns = {
+        "image": [{"bytes": b"x" * 100, "path": name} for name, _ in CAPTIONS],
+        "caption": [captions for _, captions in CAPTIONS], "split": list(SPLITS.values()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "lists")
+    assert captions_in(read_annotations(tmp_path / "lists")) == CAPTIONS
+    rows = rows_of(CAPTIONS)
+    pq.write_table(pa.table({"file_name": [r[0] for r in rows], "id": [r[1] for r in rows],
+                             "text": [r[2] for r in rows]}), tmp_path / "rows")
+    assert captions_in(read_annotations(tmp_path / "rows")) == CAPTIONS
+    pq.write_table(pa.table({"a": ["x"], "b": [3]}), tmp_path / "other")
+    with pytest.raises(UserError, match="unknown names"):
+        read_annotations(tmp_path / "other")
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the message has the command that installs it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read(tmp_path, b"PAR1" + bytes(20) + b"PAR1")

@@ -191,6 +191,13 @@ def test_an_epoch_is_one_row_of_a_table(is_best, epochs):
         assert row[:end].endswith(value)
 
 
+def test_an_epoch_without_validation() -> None:
+    """The columns of the metrics are empty, and the row is as wide as others."""
+    row = format_epoch({**log_line(2), "metrics": {}}, True, 2)
+    assert row.split() == ["2", "2.000", *"-------", "13", "s"]
+    assert len(row) == len(format_epoch(log_line(2), True, 2))
+
+
 def test_times_have_a_unit():
     """A time is in seconds, minutes or hours, by its size."""
     assert [format_seconds(s) for s in (0, 89, 90, 5399, 5400, 360_000)] == [

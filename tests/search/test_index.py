@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -78,9 +79,9 @@ class Counter:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
 
-        def counted(path: Path, size: int) -> np.ndarray:
+        def counted(path: Path, size: int, notes: list[str]) -> np.ndarray:
             self.count += 1
-            return load_resized(path, size)
+            return load_resized(path, size, notes)
 
         monkeypatch.setattr(src.data.images, "load_resized", counted)
 
@@ -192,10 +193,10 @@ def test_read_errors_are_tried_again(
     tmp_path: Path, images: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken image is skipped until it changes; a read error is tried again."""
-    def failing(path: Path, size: int) -> np.ndarray:
+    def failing(path: Path, size: int, notes: list[str]) -> np.ndarray:
         if path.name == "b.png":
             raise ReadError("Input/output error")
-        return load_resized(path, size)
+        return load_resized(path, size, notes)
 
     with monkeypatch.context() as patch:
         patch.setattr(src.data.images, "load_resized", failing)
@@ -292,7 +293,11 @@ def test_an_index_cannot_run_code(tmp_path: Path, images: Path, model: DualEncod
         assert update(index, images, "x", model).names == GOOD and not ran.exists()
 
 
-GOOD_INDEX = {"checkpoint": "x", "names": GOOD, "signatures": [[1, 2]] * 6, "failed": {}}
+GOOD_INDEX = {
+    "checkpoint": "x", "names": GOOD, "signatures": [[1, 2]] * 6, "failed": {}, "decoder": 2,
+    "digests": ["00"] * 6, "notes": {}, "about": {},
+    "thumbnails": base64.b64encode(bytes(6 * 48)).decode(),
+}
 
 
 @pytest.mark.parametrize("change", [
@@ -300,7 +305,10 @@ GOOD_INDEX = {"checkpoint": "x", "names": GOOD, "signatures": [[1, 2]] * 6, "fai
     {"names": "abcdef"},
     {"names": [["b.png"]] * 6}, {"names": None}, {"names": {}}, {"signatures": [[1, 2]]},
     {"signatures": 7}, {"signatures": {}}, {"failed": []}, {"failed": {"a": 1}},
-    {"failed": {"a": [1, 2]}}, {"failed": {"a": []}}, {"checkpoint": None}, {"checkpoint": ["x"]},
+    {"failed": {"a": [1, 2, 3]}}, {"failed": {"a": []}}, {"digests": [1] * 6}, {"digests": None},
+    {"thumbnails": "A"}, {"thumbnails": "AAAA"}, {"thumbnails": 5}, {"notes": []},
+    {"notes": {"a": 1}}, {"about": {"folder": 1}}, {"about": None}, {"decoder": "2"},
+    {"decoder": 1}, {"decoder": None}, {"checkpoint": None}, {"checkpoint": ["x"]},
     {"embeddings": 5}, {"embeddings": None}, {"embeddings": ""}, {"embeddings": ".."},
     {"embeddings": "none.npy"}, {"embeddings": "\0"}, {"embeddings": "x" * 5000},
     {"embeddings": "../outside.npy"}, {"embeddings": "/etc/passwd"}, {"embeddings": "pipe.npy"},
@@ -371,10 +379,10 @@ def test_unusable_files_are_named(tmp_path: Path, images: Path) -> None:
     (images / "out.jpg").symlink_to(outside)
     (images / "inside.jpg").symlink_to(images / "b.png")
     os.mkfifo(images / "pipe.jpg")
-    found, unusable = find_images(images)
-    assert set(found) == {*GOOD, "truncated.jpg", "text.jpg", "inside.jpg"}
-    assert set(unusable) == {"self.jpg", "broken.jpg", "out.jpg", "pipe.jpg"}
-    assert all(unusable.values())
+    scan = find_images(images)
+    assert set(scan.found) == {*GOOD, "truncated.jpg", "text.jpg", "inside.jpg"}
+    assert set(scan.unusable) == {"self.jpg", "broken.jpg", "out.jpg", "pipe.jpg", "loop"}
+    assert all(scan.unusable.values())
 
 
 def test_names_cannot_steer_the_terminal(

@@ -40,7 +40,7 @@ def model_and_tokenizer() -> tuple[DualEncoder, Tokenizer]:
 def table(model_and_tokenizer: tuple[DualEncoder, Tokenizer]) -> WordTable:
     """Return the word table of that model."""
     model, tokenizer = model_and_tokenizer
-    return WordTable("x", tokenizer.words, 8, {}, model.word_embeddings().numpy())
+    return WordTable("x", tokenizer.words, {}, model.word_embeddings().numpy())
 
 
 def test_contributions_sum_to_the_score(table: WordTable) -> None:
@@ -183,8 +183,7 @@ def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: Wor
     for expected in (1, 1):
         found = load_words(tmp_path / "index", checkpoint, load)
         assert len(loads) == expected
-        assert (found.words, found.context_length, found.args) == (
-            table.words, 8, {"images": "photos", "seed": 3})
+        assert (found.words, found.args) == (table.words, {"images": "photos", "seed": 3})
         np.testing.assert_array_equal(found.vectors, table.vectors)
     model, tokenizer, _ = load_checkpoint(checkpoint)
     with torch.no_grad():
@@ -198,7 +197,7 @@ def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: Wor
 
 @pytest.mark.parametrize("change", [
     {"words": ["<pad>"]}, {"words": 5}, {"words": [1] * 8}, {"words": ["a"] * 8}, {"args": []},
-    {"args": None}, {"context_length": "8"}, {"context_length": None}, {"embeddings": "c.pth"},
+    {"args": None}, {"embeddings": "c.pth"},
     {"embeddings": "/dev/zero"},
 ], ids=str)
 def test_a_damaged_word_table_is_built_again(

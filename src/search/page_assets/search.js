@@ -8,14 +8,15 @@
 const UNKNOWN = 1; // id of <unk>
 
 let dim = 0;
-let contextLength = 0;
 let examples = [];
 // Vectors: int8 codes (rows, dim), and for each row the scale that converts them to floats.
 const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
 const photos = {
   total: 0, count: 0, // images of the page, and how many of them are loaded
   names: [], captions: [], pictures: [], codes: null, scales: null,
+  groups: [], groupSizes: new Map(), // near duplicates have the same group
 };
+const NEGATIVE = /(?<!\S)-(?=[\p{L}\p{N}])\S+/gu; // "-people", but not "t-shirt" or " - "
 
 function bytesOf(base64) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
@@ -29,7 +30,7 @@ const codesOf = (data) => new Int8Array(bytesOf(data.codes).buffer);
 const scalesOf = (data) => new Float32Array(bytesOf(data.scales).buffer);
 
 function addWords(data) {
-  ({ dim, contextLength, examples } = data);
+  ({ dim, examples } = data);
   vocabulary.words = data.words;
   data.words.forEach((word, id) => id > UNKNOWN && vocabulary.ids.set(word, id));
   vocabulary.codes = codesOf(data);
@@ -48,6 +49,8 @@ function addPhotos(data) {
     photos.names.push(data.names[i]);
     photos.captions.push(data.captions[i]);
     photos.pictures.push(data.pictures[i]);
+    photos.groups.push(data.groups[i]);
+    photos.groupSizes.set(data.groups[i], (photos.groupSizes.get(data.groups[i]) ?? 0) + 1);
   }
   photos.count = photos.names.length;
   // Run for 20 ms, so that the browser compiles the ranking before the first query.
@@ -56,23 +59,37 @@ function addPhotos(data) {
   schedule();
 }
 
-// The tokenizer that the model was trained with: runs of letters and digits of any script.
+// The words of src/models/tokenizer.py: runs of letters, digits and their marks; each Han, Hiragana
+// and Katakana character is a word. Variation selectors and joiners are not part of a word.
+const CJK = String.raw`\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf`
+  + String.raw`\u4e00-\u9fff\uf900-\ufaff\u{20000}-\u{3ffff}`;
+const MARK = String.raw`(?![\ufe00-\ufe0f\u{e0100}-\u{e01ef}])[\p{Mn}\p{Mc}]`;
+const LETTER = String.raw`(?![${CJK}])[\p{L}\p{N}]`;
+const WORD = new RegExp(
+  String.raw`(?=[\p{L}\p{N}])[${CJK}](?:${MARK})*|${LETTER}(?:${LETTER}|${MARK})*`, "gu");
+
 function splitWords(text) {
-  return text.normalize("NFKC").toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
+  const lower = text.normalize("NFKC").toLowerCase().replace(/[\u200c\u200d]/g, "");
+  return lower.match(WORD) ?? [];
 }
 
+// "beach -people" subtracts the vector of a word; an unknown word to avoid changes nothing.
 function encode(text) {
-  const all = splitWords(text);
-  const words = all.slice(0, contextLength);
+  const wanted = splitWords(text.replace(NEGATIVE, " "));
+  const avoided = (text.match(NEGATIVE) ?? []).flatMap(splitWords);
+  const words = [...wanted, ...avoided];
   const ids = words.map((word) => vocabulary.ids.get(word) ?? UNKNOWN);
+  const signs = ids.map((id, i) => (i < wanted.length ? 1 : id === UNKNOWN ? 0 : -1));
   const vector = new Float64Array(dim);
-  for (const id of ids) addRow(vector, vocabulary, id);
+  ids.forEach((id, i) => addRow(vector, vocabulary, id, signs[i]));
   const length = normalize(vector); // of the sum: the number of words cancels out
-  return { words, ids, vector, length, leftOut: all.length - words.length };
+  const known = ids.some((id, i) => id !== UNKNOWN && i < wanted.length);
+  const labels = words.map((word, i) => (i < wanted.length ? word : `-${word}`));
+  return { words, labels, ids, signs, known, vector, length };
 }
 
-function addRow(vector, { codes, scales }, row) {
-  for (let d = 0; d < dim; d++) vector[d] += codes[row * dim + d] * scales[row];
+function addRow(vector, { codes, scales }, row, sign = 1) {
+  for (let d = 0; d < dim; d++) vector[d] += sign * codes[row * dim + d] * scales[row];
 }
 
 function normalize(vector) {
@@ -83,11 +100,12 @@ function normalize(vector) {
 
 // What each word adds to the score of an image; the score is their exact sum.
 function contributionsOf(query, photo) {
-  return query.ids.map((id) => {
+  return query.ids.map((id, i) => {
     const a = id * dim, b = photo * dim;
     let dot = 0;
     for (let d = 0; d < dim; d++) dot += vocabulary.codes[a + d] * photos.codes[b + d];
-    return (dot * vocabulary.scales[id] * photos.scales[photo]) / query.length;
+    const value = (dot * vocabulary.scales[id] * photos.scales[photo]) / query.length;
+    return value * query.signs[i];
   });
 }
 
@@ -127,6 +145,18 @@ function bestPhotos(vector, k) {
     offer(photo + 3, sumD);
   }
   return best;
+}
+
+// The k best images that are no near duplicates of a better one.
+function bestGroups(vector, k) {
+  for (let n = k + 16; ; n *= 2) {
+    const seen = new Set();
+    const found = bestPhotos(vector, n).filter(({ photo }) => {
+      const group = photos.groups[photo];
+      return !seen.has(group) && Boolean(seen.add(group));
+    });
+    if (found.length >= k || n >= photos.count) return found.slice(0, k);
+  }
 }
 
 function photosLike(photo, k) {

@@ -19,15 +19,17 @@ function readAddress() {
     text: (parts.get("q") ?? "").slice(0, LONGEST_QUERY),
     count: COUNTS.includes(count) ? count : 24,
     photo: parts.get("photo") ?? "",
+    all: parts.get("d") === "1", // near duplicates are shown one by one
   };
 }
 
 function addressOf(changes) {
-  const { text, count, photo } = { ...state, ...changes };
+  const { text, count, photo, all } = { ...state, ...changes };
   const parts = new URLSearchParams();
   if (text) parts.set("q", text);
   if (count !== 24) parts.set("n", count);
   if (photo) parts.set("photo", photo);
+  if (all) parts.set("d", "1");
   return `#${parts}`;
 }
 
@@ -68,6 +70,7 @@ let results = []; // the hits in the list, in order
 let drawn = ""; // the state that is drawn
 let drawnPhoto = "";
 let lastPhoto = -1;
+let more = 0; // results beyond the chosen number, after scrolling
 let waiting = false;
 
 // Every change requests a drawing; there is at most one per frame.
@@ -120,22 +123,26 @@ function draw() {
   if (box.value !== state.text) box.value = state.text; // setting it always would move the cursor
   countBox.value = state.count;
   document.title = state.text ? `${tame(state.text)} – ${title}` : title;
-  const wanted = JSON.stringify([state.text, state.count, photos.count]);
-  if (wanted !== drawn) drawSearch();
-  drawn = wanted;
+  const wanted = [state.text, state.count, photos.count, state.all];
+  if (drawn && JSON.stringify(JSON.parse(drawn).slice(0, 4)) !== JSON.stringify(wanted)) more = 0;
+  const key = JSON.stringify([...wanted, more]);
+  if (key !== drawn) drawSearch();
+  drawn = key;
   drawPhoto();
 }
 
 function drawSearch() {
   const query = encode(state.text);
-  const known = query.ids.some((id) => id !== UNKNOWN);
+  const { known } = query;
   const started = performance.now();
-  if (known) results = bestPhotos(query.vector, state.count);
+  const best = state.all ? bestPhotos : bestGroups;
+  if (known) results = best(query.vector, state.count + more);
   else results = query.words.length ? [] : samplePhotos();
   const took = performance.now() - started;
   drawIntro(!state.text.trim());
   drawNotes(query, known);
   drawResults(query, known);
+  get("more").hidden = !known || results.length < state.count + more;
   const time = took < 1 ? "less than 1 ms" : `${took.toFixed(0)} ms`;
   get("time").textContent = known ? `${number(photos.count)} scored in ${time}` : "";
 }
@@ -166,7 +173,8 @@ function drawIntro(shown) {
   intro.append(
     el("p", { class: "lead" }, "Describe a photo in a few words."),
     el("p", {}, `${number(photos.total)} photos are ranked as you type. `
-      + `The model knows ${number(vocabulary.ids.size)} words and ignores their order.`),
+      + `The model knows ${number(vocabulary.ids.size)} words and ignores their order. `
+      + "A minus sign before a word avoids it."),
     el("ul", { class: "examples", "aria-label": "Examples" }, ...examples.map((text) =>
       el("li", {}, el("a", { href: addressOf({ text, photo: "" }) }, bdi(text))))),
   );
@@ -181,18 +189,27 @@ function drawNotes(query, known) {
   for (const word of unknown.slice(0, 4)) {
     const near = nearWords(word).map((other) => {
       // Only the unknown word is replaced; the others are as the model reads them.
-      const text = splitWords(state.text).map((w) => (w === word ? other : w)).join(" ");
+      const text = query.words.map((w, i) =>
+        (query.labels[i] === w ? "" : "-") + (w === word ? other : w)).join(" ");
       return el("a", { href: addressOf({ text, photo: "" }) }, bdi(other));
     });
     notes.push([el("span", { class: "unknown" }, el("span", { class: "word" }, bdi(word))),
       " is not in the vocabulary", ...(near.length ? [", similar: ", ...near] : [])]);
   }
   if (unknown.length > 4) notes.push([`${unknown.length - 4} more words are not in the vocabulary`]);
-  if (query.leftOut) {
-    notes.push([`Only the first ${contextLength} words are used, ${number(query.leftOut)} are ignored`]);
+  const hidden = results.reduce((sum, { photo }) => sum + copiesOf(photo), 0);
+  if (known && (hidden || state.all)) {
+    notes.push([state.all ? "" : `${number(hidden)} near duplicates are hidden `,
+      el("a", { href: addressOf({ all: !state.all }) },
+        state.all ? "Hide near duplicates" : "show all")]);
   }
   get("notes").classList.toggle("lost", query.words.length > 0 && !known);
   get("notes").replaceChildren(...notes.map((note) => el("p", {}, ...note)));
+}
+
+// How many near duplicates an image stands for.
+function copiesOf(photo) {
+  return state.all ? 0 : photos.groupSizes.get(photos.groups[photo]) - 1;
 }
 
 function drawResults(query, known) {
@@ -208,6 +225,9 @@ function drawResults(query, known) {
     link.setAttribute("href", addressOf({ photo: photos.names[photo] }));
     const rank = known ? [el("span", { class: "rank" }, `${i + 1}`),
       el("span", { class: "score" }, score.toFixed(3))] : [];
+    if (known && copiesOf(photo)) {
+      rank.splice(1, 0, el("span", { class: "copies" }, `+${copiesOf(photo)} like it`));
+    }
     line.replaceChildren(...rank);
     card.lastChild.replaceChildren(...contributionItems(query, contributions[i], largest, 2));
     card.lastChild.classList.toggle("many", query.words.length > 10);
@@ -228,7 +248,7 @@ function contributionItems(query, contributions, largest, digits) {
   return contributions.map((value, i) => {
     const unknown = query.ids[i] === UNKNOWN ? " unknown" : "";
     const item = el("li", { class: (value < 0 ? "minus" : "plus") + unknown },
-      el("span", { class: "word" }, bdi(query.words[i])), " ",
+      el("span", { class: "word" }, bdi(query.labels[i])), " ",
       el("span", { class: "value" }, signed(value, digits)));
     item.style.setProperty("--size", Math.abs(value) / largest);
     return item;
@@ -279,7 +299,7 @@ function captionItems(photo) {
 
 function scoreItems(photo) {
   const query = encode(state.text);
-  if (query.ids.every((id) => id === UNKNOWN)) return [];
+  if (!query.known) return [];
   const contributions = contributionsOf(query, photo);
   const total = contributions.reduce((sum, value) => sum + value, 0);
   const rank = results.findIndex((result) => result.photo === photo) + 1;
@@ -322,6 +342,18 @@ document.querySelector("form").addEventListener("submit", (event) => event.preve
 countBox.append(...COUNTS.map((count) => el("option", { value: count }, `${count}`)));
 countBox.addEventListener("change", () => go({ count: Number(countBox.value) }));
 
+function showMore() {
+  if (get("more").hidden || JSON.parse(drawn)[4] !== more) return;
+  more += state.count;
+  schedule();
+}
+
+get("more").addEventListener("click", showMore);
+addEventListener("scroll", () => {
+  const page = document.documentElement;
+  if (scrollY > 0 && innerHeight + scrollY > page.scrollHeight - innerHeight / 2) showMore();
+}, { passive: true });
+
 addEventListener("popstate", () => {
   state = readAddress();
   typing = false;
@@ -335,7 +367,8 @@ document.addEventListener("click", (event) => {
     typing = false;
     const parts = new URLSearchParams(link.getAttribute("href").slice(1));
     const photo = parts.get("photo") ?? "";
-    go({ text: parts.get("q") ?? "", photo }, { opened: photo ? openedBefore() + 1 : 0 });
+    const all = parts.get("d") === "1";
+    go({ text: parts.get("q") ?? "", photo, all }, { opened: photo ? openedBefore() + 1 : 0 });
     if (!photo) box.focus();
   }
   const step = event.target.closest("[data-step]");

@@ -1,0 +1,61 @@
+"""List and remove the indexes of a results folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+from src.utils.errors import UserError, printable
+
+
+def index_folder(indexes: Path, images: Path) -> Path:
+    """Return the folder of the index of an image folder, below `indexes`."""
+    path = images.resolve()
+    key = hashlib.sha256(str(path).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return indexes / f"{path.name}-{key}"
+
+
+def list_indexes(indexes: Path) -> str:
+    """Return a line for each index below `indexes`: image folder, number of images, size."""
+    lines = []
+    for file in sorted(indexes.glob("*/index.json")):
+        try:
+            content = json.loads(file.read_bytes())
+            about, count = content.get("about", {}), len(content["names"])
+            owner = about.get("folder", "folder unknown: written by an earlier version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            owner, count = "damaged", 0
+        size = sum(path.stat().st_size for path in file.parent.iterdir() if path.is_file())
+        missing = " (not there now)" if owner.startswith("/") and not Path(owner).is_dir() else ""
+        lines.append(f"{file.parent}\n    {owner}{missing}: {count:,} photos, {size / 1e6:,.1f} MB")
+    return printable("\n".join(lines) or f"there is no index in {indexes}")
+
+
+def remove_index(indexes: Path, target: Path) -> str:
+    """Remove an index; no file of another kind is removed.
+
+    Args:
+        indexes: the folder of the indexes.
+        target: an image folder, or the folder of an index.
+
+    Returns:
+        a message.
+
+    Raises:
+        UserError: there is no such index, or it cannot be removed.
+    """
+    choices = [target, indexes / target.name, index_folder(indexes, target)]
+    folder = next((path for path in choices if (path / "index.json").is_file()), None)
+    if folder is None:
+        raise UserError(f"there is no index of {target}; --list-indexes shows all of them")
+    try:
+        for pattern in ("index.json", "index-*.npy", ".index*.tmp", "index.lock"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):  # it holds other files, such as words.json
+            folder.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot remove {folder}: {error.strerror}") from error
+    return f"removed the index in {folder}; no photo was touched"

@@ -1,0 +1,320 @@
+"""search.py for people and programs: duplicates, negative words, scope, JSON, broken output."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import search
+from src.models.checkpoint import load_checkpoint, save_checkpoint
+from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.tokenizer import Tokenizer
+from src.search.answers import Filter, Library, find_results
+from src.search.index import ImageIndex
+from src.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "a red blue beach people circle"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a results folder with a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("results")
+    tokenizer = Tokenizer.from_captions([WORDS], 1, 16)
+    torch.manual_seed(0)
+    save_checkpoint(
+        folder / "models" / "flickr30k_clip_best.pth",
+        DualEncoder(ModelConfig(len(tokenizer), image_size=32, context_length=16)), tokenizer,
+        epoch=1, args={"image_size": 32, "image_encoder": "efficientnet-b0"})
+    return folder
+
+
+def noise(seed: int) -> Image.Image:
+    """Return an image of coarse noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(pixels.repeat(20, 0).repeat(20, 1))
+
+
+@pytest.fixture()
+def images(tmp_path: Path) -> Path:
+    """Return a folder of six images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        noise(i).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture()
+def flags(tmp_path: Path, results: Path, images: Path) -> list[str]:
+    """Return the flags that name the checkpoint, the images, and an index of their own."""
+    return ["--results-dir", str(results), "--device", "cpu", "--images", str(images),
+            "--index-dir", str(tmp_path / "index")]
+
+
+def ask(capsys: pytest.CaptureFixture, *argv: str) -> list[dict]:
+    """Return the JSON lines of a search."""
+    search.main([*argv, "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def names(answer: dict) -> list[str]:
+    """Return the file names of the results."""
+    return [Path(result["path"]).name for result in answer["results"]]
+
+
+# ---- Near duplicates, score and offset -----------------------------------------------------------
+
+
+def test_near_duplicates_are_one_result(
+    flags: list[str], images: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A copy, a smaller one and a recompressed one are one result; --duplicates shows them."""
+    shutil.copy(images / "2.png", images / "copy.png")
+    noise(2).resize((80, 60)).save(images / "small.png")
+    noise(2).save(images / "again.jpg", quality=80)
+    copies = {"2.png", "copy.png", "small.png", "again.jpg"}
+    (answer,) = ask(capsys, "red", *flags)
+    assert len(answer["results"]) == 6
+    (result,) = (result for result in answer["results"] if result["duplicates"])
+    assert {Path(path).name for path in [result["path"], *result["duplicates"]]} == copies
+    (answer,) = ask(capsys, "red", "--duplicates", *flags)
+    assert len(answer["results"]) == 9 and not any(r["duplicates"] for r in answer["results"])
+    search.main(["red", *flags])
+    assert capsys.readouterr().out.count("(+3 near duplicates)") == 1
+    (answer,) = ask(capsys, "--image", str(images / "2.png"), *flags)
+    assert not {"2.png", "copy.png"} & set(names(answer)) and len(answer["results"]) == 6
+
+
+def make_library(n_groups: int, size: int) -> Library:
+    """Return a library of groups of near duplicates."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((n_groups, 8), dtype=np.float32).repeat(size, 0)
+    rows += 0.01 * rng.standard_normal(rows.shape, dtype=np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    thumbnails = rng.integers(0, 256, (n_groups, 48)).repeat(size, 0)
+    thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
+    paths = [f"/{i}" for i in range(len(rows))]
+    return Library(ImageIndex("x", paths, [], rows, {}, [""] * len(rows), thumbnails), paths, paths)
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+@pytest.mark.parametrize(("top", "offset"), [(1, 0), (5, 0), (4, 3), (100, 0), (3, 20), (5, 18)])
+def test_results_are_the_best_of_each_group(size: int, top: int, offset: int) -> None:
+    """Whatever the sizes of the groups, the results are their best images in order."""
+    library = make_library(20, size)
+    query = library.index.embeddings[0]
+    scores = library.index.embeddings @ query
+    best = {}
+    for row in np.argsort(-scores, kind="stable").tolist():
+        best.setdefault(row // size, row)
+    expected = list(best.values())[offset : offset + top]
+    found, rows = find_results(library, query, Filter(top, offset))
+    assert rows == expected
+    assert [result["rank"] for result in found] == list(range(offset + 1, offset + 1 + len(rows)))
+    for row, result in zip(rows, found, strict=True):
+        group = {f"/{i}" for i in range(row // size * size, row // size * size + size)}
+        assert {result["path"], *result["duplicates"]} == group
+
+
+@pytest.mark.parametrize("min_score", [-2, 0, 0.3, 0.9999, 2])
+def test_min_score(min_score: float) -> None:
+    """No result has a lower score, and none with a higher score is missing."""
+    library = make_library(30, 2)
+    scores = library.index.embeddings @ library.index.embeddings[4]
+    found, _ = find_results(library, library.index.embeddings[4],
+                            Filter(100, min_score=min_score, duplicates=True))
+    assert len(found) == (scores >= min_score).sum()
+
+
+def test_no_result_is_said_so(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """--min-score above all scores gives an empty answer."""
+    search.main(["red", "--min-score", "2", *flags])
+    assert "no photo" in capsys.readouterr().out
+
+
+# ---- Negative words ------------------------------------------------------------------------------
+
+
+def test_negative_words_are_subtracted(
+    flags: list[str], results: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Scores are those of the difference of word vectors; contributions sum to them."""
+    (answer,) = ask(capsys, "beach -people", *flags)
+    model, tokenizer, _ = load_checkpoint(results / "models" / "flickr30k_clip_best.pth")
+    vectors = model.word_embeddings().numpy()
+    vector = vectors[tokenizer.vocab["beach"]] - vectors[tokenizer.vocab["people"]]
+    index = json.loads((Path(flags[-1]) / "index.json").read_text())
+    matrix = np.load(Path(flags[-1]) / index["embeddings"])
+    scores = dict(zip(index["names"], matrix @ vector / np.linalg.norm(vector), strict=True))
+    assert names(answer) == sorted(scores, key=scores.get, reverse=True)
+    people = matrix @ -vectors[tokenizer.vocab["people"]] / np.linalg.norm(vector)
+    for result in answer["results"]:
+        parts = dict(result["word_contributions"])
+        assert result["score"] == pytest.approx(sum(parts.values()), abs=1e-6)
+        row = index["names"].index(Path(result["path"]).name)
+        assert list(parts) == ["beach", "-people"]
+        assert parts["-people"] == pytest.approx(people[row], abs=1e-6)
+    search.main(["beach -people -zebra", "--explain", *flags])
+    printed = capsys.readouterr()
+    assert " -people " in printed.out and "-zebra? +0.000" in printed.out
+    assert "'zebra' is not in the vocabulary" in printed.err
+
+
+@pytest.mark.parametrize("text", ["-people", "-a -red", "zebra -people"])
+def test_only_negative_words_are_an_error(flags: list[str], text: str) -> None:
+    """There must be a known word to search for."""
+    with pytest.raises(UserError, match="words to avoid need a word"):
+        search.main([f" {text}", *flags])
+
+
+# ---- Scope ---------------------------------------------------------------------------------------
+
+
+def test_several_folders_are_searched(
+    flags: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """--images takes several folders and may be repeated; folders inside others count once."""
+    for folder in ("second", "third"):
+        (tmp_path / folder).mkdir()
+        noise(ord(folder[0])).save(tmp_path / folder / "0.png")
+    (answer,) = ask(capsys, "red", *flags, "--images", str(tmp_path / "second"), "--images",
+                    str(tmp_path / "third"), str(images), "--top", "99")
+    assert sorted(result["path"] for result in answer["results"]) == sorted(
+        map(str, [*images.iterdir(), tmp_path / "second" / "0.png", tmp_path / "third" / "0.png"]))
+    (answer,) = ask(capsys, "red", *flags, "--images", str(tmp_path), "--top", "99")
+    assert len(answer["results"]) == 8
+
+
+@pytest.mark.parametrize("flag", ["--top", "--checkpoint", "--image", "--index-dir"])
+def test_a_repeated_flag_is_an_error(
+    flags: list[str], flag: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The second value does not replace the first one silently."""
+    with pytest.raises(SystemExit) as raised:
+        search.main(["red", flag, "1", flag, "2", *flags])
+    assert raised.value.code == 2 and f"{flag} is given twice" in capsys.readouterr().err
+
+
+def test_texts_may_follow_flags(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """All texts are queries, in their order."""
+    answers = ask(capsys, "red", "--top", "1", "blue", *flags, "a circle")
+    assert [answer["query"] for answer in answers] == ["red", "blue", "a circle"]
+
+
+def test_a_text_after_images_is_explained(flags: list[str]) -> None:
+    """--images takes the words that follow for folders; the message says so."""
+    with pytest.raises(UserError, match="before flags such as --images"):
+        search.main([*flags[:-2], "a red circle"])
+
+
+# ---- Queries and output --------------------------------------------------------------------------
+
+
+def run(*argv: str, **options: object) -> subprocess.CompletedProcess:
+    """Run search.py."""
+    return subprocess.run([sys.executable, "search.py", *argv], cwd=ROOT, text=True,
+                          **{"capture_output": "stdout" not in options, **options})
+
+
+def test_a_bad_query_does_not_stop_the_others(flags: list[str]) -> None:
+    """Case search-12: the others are answered, the bad one is an error, and the status is 1."""
+    done = run("--queries", "-", "--json", *flags, input="red\nzebra\nblue\n")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["query"] for line in lines] == ["red", "blue", "zebra"]
+    assert "no word of 'zebra'" in lines[2]["error"] and "results" not in lines[2]
+    assert done.returncode == 1 and "error: no word of 'zebra'" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_query_files_with_a_byte_order_mark(
+    flags: list[str], tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The mark is not part of the first query."""
+    (tmp_path / "q.txt").write_bytes("red\r\nblue\r\n".encode(encoding))
+    answers = ask(capsys, "--queries", str(tmp_path / "q.txt"), *flags)
+    assert [answer["query"] for answer in answers] == ["red", "blue"]
+
+
+def test_json_output_is_pure(flags: list[str], images: Path, tmp_path: Path) -> None:
+    """Case search-06: whatever else is asked for, standard output holds JSON lines only."""
+    (images / "bad.jpg").write_text("text")
+    done = run("red", "--json", "--page", str(tmp_path / "page"), "--sheet",
+               str(tmp_path / "s.png"), "--image", str(images / "0.png"), *flags)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert all(isinstance(json.loads(line), dict) for line in done.stdout.splitlines())
+    assert "a page that searches 6 photos" in done.stderr and "bad.jpg" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_message(flags: list[str]) -> None:
+    """Case search-07: standard output on a full disk."""
+    with open("/dev/full", "w") as full:
+        done = run("red", *flags, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: cannot write to standard output: No space left on device")
+
+
+def test_names_that_are_not_utf8(
+    flags: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Python opens the path and other programs the URI; on the page each name is distinct."""
+    for byte, seed in ((b"\xe9", 20), (b"\xe8", 21)):
+        try:
+            noise(seed).save(os.fsdecode(os.fsencode(images) + b"/caf" + byte + b".png"))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    done = run("red", "--json", "--top", "9", "--page", str(tmp_path / "page"), *flags)
+    answer = json.loads(done.stdout)
+    assert len(answer["results"]) == 8 and done.stdout.isascii()
+    for result in answer["results"]:
+        uri = urllib.parse.unquote_to_bytes(result["uri"].removeprefix("file://"))
+        assert os.path.samefile(uri, result["path"])
+    if shutil.which("jq"):
+        uris = subprocess.run(["jq", "-r", ".results[].uri"], input=done.stdout, text=True,
+                              capture_output=True, check=True).stdout.split()
+        assert uris == [result["uri"] for result in answer["results"]]
+
+
+# ---- Indexes -------------------------------------------------------------------------------------
+
+
+def test_indexes_are_listed_and_removed(
+    results: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """--list-indexes names the folders; --remove-index removes one and nothing else."""
+    shutil.copytree(results, tmp_path / "results")
+    place = ["--results-dir", str(tmp_path / "results")]
+    search.main([*place, "--list-indexes"])
+    assert "there is no index" in capsys.readouterr().out
+    search.main(["red", *place, "--device", "cpu", "--images", str(images)])
+    search.main([*place, "--list-indexes"])
+    assert f"{images}: 6 photos" in capsys.readouterr().out
+    (folder,) = (path for path in (tmp_path / "results" / "index").iterdir() if path.is_dir())
+    (folder / "note.txt").write_text("not ours")
+    search.main([*place, "--remove-index", str(images)])
+    assert [path.name for path in folder.iterdir()] == ["note.txt"]
+    assert len(list(images.iterdir())) == 6
+    with pytest.raises(UserError, match="no index of"):
+        search.main([*place, "--remove-index", str(images)])
+
+
+def test_the_index_describes_itself(flags: list[str], images: Path) -> None:
+    """index.json names folder, checkpoint, model and size of the embeddings."""
+    search.main(["red", *flags])
+    about = json.loads((Path(flags[-1]) / "index.json").read_text())["about"]
+    assert about["folder"] == str(images) and about["dim"] == "256"
+    assert about["image_encoder"] == "efficientnet-b0" and about["image_size"] == "32"
+    assert about["checkpoint_file"].endswith("flickr30k_clip_best.pth")
