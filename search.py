@@ -1,20 +1,21 @@
 """Find the photos that fit a text best, or that look like a photo.
 
     python search.py "two dogs running on the beach"
-    python search.py "a red car" --images ~/Pictures --pretrained      # without any training
-    python search.py "beach -people"                    # a minus sign subtracts a word
-    python search.py "a red car" --images ~/Pictures /mnt/photos --top 20 --explain
-    python search.py --image photo.jpg                  # similar photos, and captions that fit it
-    python search.py --queries queries.txt --json       # one query per line; - for standard input
-    python search.py "a red car" --sheet sheet.png      # draw the query and its best photos
-    python search.py --page album --images ~/Pictures   # write a web page that searches by itself
-    python search.py --serve                            # the same, on http://127.0.0.1:8000
+    python search.py "a red car" --images ~/Pictures --pretrained  # no training
+    python search.py "beach -people"               # minus subtracts a word
+    python search.py "a red car" --images ~/Pictures /mnt/photos --explain
+    python search.py --image photo.jpg             # similar photos, captions
+    python search.py --queries queries.txt --json  # "-" for standard input
+    python search.py "a red car" --sheet cars.png  # draw the best photos
+    python search.py --page album                  # write a web page
+    python search.py --serve                       # show it in a browser
     python search.py --list-indexes
-    torchrun --nproc-per-node 2 search.py "a red car"   # several processes embed new photos
+    torchrun --nproc-per-node 2 search.py "a car"  # embed in several processes
 
-The photos are embedded once, into an index in results/index; later calls embed only photos with new
-content. Without --images the photos of the training run are searched. Answers go to standard
-output, everything else to standard error. Exit status 1: some of the queries were not answered.
+The photos are embedded once, into an index in results/index; later calls embed
+only photos with new content. Without --images the photos of the training run
+are searched. Answers go to standard output, everything else to standard error.
+The exit status is 1 if some of the queries were not answered.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python train.py --demo             # a synthetic dataset, about a minute
     python train.py --max-images 2000 --weights none
     python train.py --resume           # continue a run, even within an epoch
-    python train.py --resume auto      # continue a run if there is one, or start
+    python train.py --resume auto      # continue a run, or start one
     torchrun --nproc-per-node 2 train.py
 
 Written to results/: models/flickr30k_clip_best.pth (model_state, vocab, config,

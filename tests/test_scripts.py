@@ -1032,7 +1032,8 @@ def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
     assert error == f"error: there is no file {Path('results') / BEST}\n"
 
 
-@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "train_image_only.py"])
+@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
+                                    "train_image_only.py"])
 def test_help_can_be_printed(monkeypatch, capsys, script):
     """--help prints all help texts, in which argparse formats percent signs, in 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
