@@ -419,6 +419,9 @@ def _json_items(data: Any) -> tuple[str, list[tuple[str, Any]]]:
 
     if isinstance(data, list):
         return "JSON list", places("item", data)
+    keys = [_key(name) for name in data] if isinstance(data, dict) else []
+    if any(key in IMAGE_COLUMNS for key in keys) and any(map(_is_caption, keys)):
+        return "JSON object", places("item", [data])  # JSON lines of one line
     images, annotations = (data.get(key) if isinstance(data, dict) else None
                            for key in ("images", "annotations"))
     if isinstance(images, list) and isinstance(annotations, list):
