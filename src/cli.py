@@ -104,6 +104,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_column_arguments(group)
     group.add_argument("--cache-dir", type=Path, metavar="DIR",
                        help="folder of the decoded images (default: beside the image folder)")
+    group.add_argument("--follow-links", action="store_true",
+                       help="also read images outside the folder that a link points to, as in the "
+                       "caches of Hugging Face, DVC and git-annex")
     group.add_argument("--strict", action="store_true",
                        help="exit with status 1 if a caption row or an image cannot be used")
 
@@ -273,6 +276,7 @@ def scan_arguments(args: argparse.Namespace) -> dict:
         images=data.images, annotations=data.annotations, val_fraction=args.val_fraction,
         seed=args.seed, max_images=args.max_images, **data.columns,
         split_files=[Path(path) for path in args.split_files or ()],
+        follow_links=args.follow_links,
     )
 
 

@@ -8,7 +8,9 @@ ranks embed.
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
+import re
 import stat
 import sys
 import time
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,8 +101,14 @@ def looks_like_image(path: str) -> bool:
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Return whether a path, or one of its parts, matches a pattern such as '*.gif' or 'raw'."""
-    parts = [name, *name.split(os.sep)]
-    return any(fnmatchcase(part, pattern) for pattern in patterns for part in parts)
+    match = _compile(tuple(patterns)).match
+    return any(map(match, [name, *name.split(os.sep)]))
+
+
+@lru_cache
+def _compile(patterns: tuple[str, ...]) -> re.Pattern:
+    """Return a regular expression for any of some shell patterns."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or "(?!)")
 
 
 def find_images(images: Path, exclude: Iterable[str] = (), follow_links: bool = False) -> Scan:
@@ -120,7 +128,7 @@ def find_images(images: Path, exclude: Iterable[str] = (), follow_links: bool = 
         raise UserError(f"there is no folder of photos {images}; give one with --images DIR "
                         "(texts must come before it)")
     scan, links, visited = Scan(), [], set()
-    patterns = [*DEFAULT_EXCLUDES, *exclude]
+    skipped = _compile((*DEFAULT_EXCLUDES, *exclude)).match
     folders = [""]
     while folders:
         below = folders.pop()
@@ -137,10 +145,11 @@ def find_images(images: Path, exclude: Iterable[str] = (), follow_links: bool = 
             continue
         visited.add((status.st_dev, status.st_ino))
         for entry in entries:
-            name, suffix = below + entry.name, os.path.splitext(entry.name)[1].lower()
+            name, (stem, _, suffix) = below + entry.name, entry.name.rpartition(".")
+            suffix = f".{suffix.lower()}" if stem else ""
             if entry.name.startswith("."):
                 continue
-            if matches(entry.name, patterns) or below and exclude and matches(name, exclude):
+            if skipped(entry.name) or exclude and skipped(name):
                 scan.excluded.append(name)
             elif _is_folder(entry):
                 if entry.is_symlink() and not follow_links:
