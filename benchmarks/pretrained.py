@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 - **Use**: `python search.py "two dogs playing in the snow" --images ~/Pictures --pretrained`
 - **Training data**: {args.data}
 - **Start weights**: {start_weights(config.image_encoder, flags["weights"])}
-- **Training**: `python train.py {" ".join(changed_flags(flags))}`,
-  epoch {content["epoch"]} of {flags["epochs"]}
+- **Training**: epoch {content["epoch"]} of {flags["epochs"]} of
+
+      python train.py {" ".join(changed_flags(flags))}
+
 - **Limits**: {args.limits}
 
 Metrics of this file on {metrics["images"]:,} validation images with {metrics["captions"]:,}
