@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -86,7 +87,7 @@ def _check_rows(text: str, layout: str, rows: Counter[str]) -> None:
     lines = text.split("\n")
     if layout.startswith("JSON lines"):
         assert rows.keys() == {f"line {i}" for i, line in enumerate(lines, 1) if line.strip()}
-    elif layout.startswith("Karpathy's JSON: filename, sentences"):
+    elif re.match("Karpathy's JSON: filename, sentences(,|;|$)", layout):
         for number, image in enumerate(json.loads(text, strict=False)["images"], 1):
             sentences = image.get("sentences") if isinstance(image, dict) else None
             usable = isinstance(sentences, list) and isinstance(image.get("filename"), str | int)
