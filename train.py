@@ -80,8 +80,7 @@ def train(
 
     # --- model ---------------------------------------------------------------------------------
     # Before the images are decoded, which can take minutes: weights that do not fit are refused.
-    model = resumed.model if resumed else build_model(args, tokenizer)
-    model.to(device)
+    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
 
@@ -110,22 +109,20 @@ def train(
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
         # --- loop ------------------------------------------------------------------------------
-        features = pixels = None
+        features = pixels = splits = [train_set, val_set]
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
-            features = [
-                split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                if len(split) else split for split in (train_set, val_set)]
+            features = [split.with_images(
+                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+            pixels = [cache_on_device(split, device) for split in splits]
         print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
-                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size,
-                freeze_batchnorm=args.freeze_batchnorm, progress=run.progress,
-                after_step=run.after_step)
+                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
+                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             run.save()  # a run that is killed during validation continues with the validation
