@@ -70,10 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def train(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
-    resumed: Checkpoint | None,
-) -> tuple[int, Flickr30kDataset]:
+def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
+          resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- captions ------------------------------------------------------------------------------
     source, tokenizer = load_captions(args)
@@ -83,10 +81,10 @@ def train(
     model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
+    print(f"model: {model.summary()}, on {device}")
 
     # --- images --------------------------------------------------------------------------------
     train_set, val_set = load_images(args, source, tokenizer, data, results)
-    print(f"model: {model.summary()}, on {device}")
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     check_batch_size(
@@ -95,8 +93,8 @@ def train(
 
     # --- optimizer -----------------------------------------------------------------------------
     dtype = runtime.compute_dtype(device, args.precision)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     scaler = runtime.grad_scaler(device, dtype)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
