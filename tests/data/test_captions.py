@@ -309,6 +309,12 @@ def test_columns_of_unknown_names_are_shown(tmp_path: Path, content: str) -> Non
     assert found.records[0].captions[0] == "a red dog" and not found.rejected
 
 
+def test_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
+    """Where every row has one cell more, it may be a column without a name; no caption gets it."""
+    with pytest.raises(UserError, match="3 cells in every row below a header of 2"):
+        read(tmp_path, "image,caption\na.jpg,a red dog,0\nb.jpg,two boats,1\n")
+
+
 def test_flags_choose_the_columns(tmp_path: Path) -> None:
     """Columns that are asked for are read instead of those with known names; a missing one is an
     error."""
