@@ -390,7 +390,7 @@ def _distinct(names: list[str]) -> list[str]:
 def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iterator[FileRow]]:
     """Return the layout, the field names, the chosen fields and the items of JSON."""
     try:
-        layout, items = _json_items(json.loads(text))
+        layout, items = _json_items(json.loads(text, strict=False))
     except (ValueError, RecursionError) as error:
         lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1)
                  if line.strip()]
@@ -401,9 +401,9 @@ def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iter
 
 
 def _parse_json(text: str) -> Any:
-    """Return the value of JSON text; None where it is not JSON."""
+    """Return the value of JSON text, also with line ends in strings; None where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -626,9 +626,13 @@ def _parse_list(text: str) -> list | None:
         return None
     values = _parse_json(text)
     if values is None and STRING_LIST.fullmatch(text):
+        strings = [string.replace("\n", "\\n") for string in re.findall(STRING, text, re.DOTALL)]
         with warnings.catch_warnings():  # of escapes such as \d, which are read as they are
             warnings.simplefilter("ignore")
-            values = [ast.literal_eval(string) for string in re.findall(STRING, text, re.DOTALL)]
+            try:
+                values = list(map(ast.literal_eval, strings))
+            except (SyntaxError, ValueError):  # an incomplete escape such as \x
+                return None
     return values if isinstance(values, list) and values else None
 
 

@@ -453,6 +453,19 @@ def test_a_bad_row_of_a_table_is_rejected_alone(tmp_path: Path, row: str, place:
     assert found.rows == 3
 
 
+@pytest.mark.parametrize(("cell", "captions"), [
+    ("['a dog', 'a\nb']", ("a dog", "a b")), ('["a dog", "a\nb"]', ("a dog", "a b")),
+    ("['a dog'\n 'it''s']", ("a dog", "it", "s")), (r"['\x']", ()), (r"['a \d']", (r"a \d",)),
+    ('["a", 3, null, ["b"]]', ("a",)), ("['a', b]", ()), ("[]", ()), ("[1", ()),
+])
+def test_lists_of_captions(tmp_path: Path, cell: str, captions: tuple[str, ...]) -> None:
+    """JSON, Python and NumPy; what is not text, or not a list, is rejected."""
+    rows = [["filename", "raw"], *[[f"{i}.jpg", "['a']"] for i in range(4)], ["x.jpg", cell]]
+    found = read(tmp_path, written(rows))
+    assert [r.captions for r in found.records if r.name == "x.jpg"] == [captions] * bool(captions)
+    assert len(found.rejected) == (3 if "null" in cell else not captions)
+
+
 @pytest.mark.parametrize("write", [pipes, token, commas, hugging_face, karpathy])
 def test_very_long_captions_are_read(tmp_path: Path, write: Callable[[Captions], str]) -> None:
     """Ten thousand words a caption are more than a CSV reader takes by default."""
