@@ -4,7 +4,7 @@
     python evaluate.py --split test --checkpoint my_checkpoint.pth
     python evaluate.py --mistakes mistakes.png    # draw the worst mistakes
     python evaluate.py --demo
-    python evaluate.py --pretrained                     # the model that comes with the repository
+    python evaluate.py --pretrained               # the repository's model
     torchrun --nproc-per-node 2 evaluate.py
 
 Recall@K, median rank and mean rank, over the unique images of a split and all
@@ -40,7 +40,7 @@ from src.evaluation.metrics import format_table
 from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
-from src.utils.distributed import destroy_distributed, init_distributed, rank
+from src.utils.distributed import process_group, rank
 from src.utils.errors import UserError, run_script
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
@@ -69,16 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, content = load_checkpoint(checkpoint)
     args = defaults_from_checkpoint(parser, argv, content)
     tune_malloc()
-    init_distributed()
-    try:
+    with process_group():
         model.to(pick_device(args.device))
         dataset = open_split(args, results, model, tokenizer)
         start = time.perf_counter()
         metrics = evaluate_retrieval(model, dataset)
         seconds = time.perf_counter() - start
         is_first = rank() == 0
-    finally:
-        destroy_distributed()
     if is_first:
         report = {
             "checkpoint": str(checkpoint), "epoch": content.get("epoch"), "split": args.split,

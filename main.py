@@ -2,10 +2,10 @@
 
     python main.py                     # Flickr30k in data/flickr30k, in seconds
     python main.py --strict            # decode every image too
-    python main.py --demo              # the synthetic dataset of train.py --demo
+    python main.py --demo              # the dataset of train.py --demo
 
-Reads the captions, looks for the image files, splits, tokenizes, and encodes one batch with an
-untrained model. Exit status 1 if something is wrong.
+Reads the captions, looks for the image files, splits, tokenizes, and encodes
+one batch with an untrained model. The exit status is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import printable, run_script
-from src.utils.runtime import seed_all
+from src.utils.runtime import pick_device, seed_all
 
 MAX_LINES = 30  # of problems that are printed
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_split_arguments(parser)
     parser.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                        help="(default: %(default)s)")
+                        metavar="NAME", help="as for train.py (default: %(default)s)")
     parser.add_argument("--image-size", type=cli.positive_int, metavar="PIXELS",
                         help="height and width of the input images (default: 224, with --demo 64)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, metavar="N",
@@ -211,16 +211,18 @@ def check_model(
     pixels, captions, problems = read_batch(source, batch_size, store_size(image_size))
     if len(pixels) < 2:
         return [*problems, "fewer than two images could be read"]
+    device = pick_device("auto")  # the device of train.py
+    model.to(device)
     with torch.inference_mode():
-        images = eval_transform(torch.from_numpy(pixels), image_size)  # (B, 3, S, S)
-        tokens = tokenizer.encode(captions)  # (B, L)
+        images = eval_transform(torch.from_numpy(pixels).to(device), image_size)  # (B, 3, S, S)
+        tokens = tokenizer.encode(captions).to(device)  # (B, L)
         image_embeddings, text_embeddings = model(images, tokens)  # (B, D) each
-        loss = contrastive_loss(image_embeddings, text_embeddings, torch.arange(len(pixels)),
-                                model.logit_scale).item()
+        loss = contrastive_loss(image_embeddings, text_embeddings,
+                                torch.arange(len(pixels), device=device), model.logit_scale).item()
     expected = math.log(len(pixels))
     print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} -> embeddings "
-          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)}")
-    print(f"loss       {loss:.3f} untrained; ln({len(pixels)}) = {expected:.3f}")
+          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)} on {device}")
+    print(f"loss       {loss:.3f} before training; guessing is ln({len(pixels)}) = {expected:.3f}")
     if not abs(loss - expected) < 1:
         problems.append(f"the untrained loss {loss:.3f} is far from ln(batch) = {expected:.3f}")
     return problems

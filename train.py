@@ -1,21 +1,22 @@
-"""Train the dual encoder on images and captions; keep the epoch with the best validation recall.
+"""Train the dual encoder, and keep the epoch with the best validation recall.
 
-    python train.py                    # Flickr30k in data/flickr30k, the baseline recipe
+    python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
-    python train.py --demo             # a small synthetic dataset, about a minute on two CPU cores
+    python train.py --demo             # a synthetic dataset, about a minute
     python train.py --max-images 2000 --weights none
-    python train.py --resume           # continue the run where it stopped, even within an epoch
+    python train.py --resume           # continue a run, even within an epoch
+    python train.py --resume auto      # continue a run, or start one
     torchrun --nproc-per-node 2 train.py
 
-Written below results/: models/flickr30k_clip_best.pth (model_state, vocab, config, metrics),
-models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per epoch), args.json,
-curves.png, examples.png (validation captions with their top five images) and rejected.csv.
+Written to results/: models/flickr30k_clip_best.pth (model_state, vocab, config,
+metrics), models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per
+epoch), args.json, curves.png, examples.png (validation captions with their top
+five images) and rejected.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -28,34 +29,33 @@ from src import cli
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device, count_batches
 from src.data.prepare import prepare_datasets
-from src.data.source import scan_dataset
+from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import plot_examples
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
+from src.training import run_state
 from src.training.engine import check_batch_size, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
-from src.training.run_state import RunState, compare_flags, load_run, rename_flags
 from src.utils import distributed, runtime
 from src.utils.errors import UserError, run_script
-from src.utils.files import only_writer, write_atomic
+from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train with the flags of `argv`. Returns the exit status."""
-    # --- config --------------------------------------------------------------------------------
-    args, resumed = parse_args(argv)
-    data, results = cli.resolve_data(args), cli.resolve_results(args)
-
-    # --- device --------------------------------------------------------------------------------
     runtime.tune_malloc()
-    distributed.init_distributed()
-    try:
+    with distributed.process_group(), runtime.explain_oom():
+        # --- config ----------------------------------------------------------------------------
+        args, resumed = parse_args(argv)
+        data, results = cli.resolve_data(args), cli.resolve_results(args)
+
+        # --- device ----------------------------------------------------------------------------
         device = runtime.pick_device(args.device)
         runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0
@@ -63,69 +63,67 @@ def main(argv: list[str] | None = None) -> int:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
-        with only_writer(results.folder) if is_main else nullcontext(), runtime.explain_oom():
+        with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
-    finally:
-        distributed.destroy_distributed()
     if is_main and status == 0:
         report_best(results, val_set, device)
     return status
 
 
-def train(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
-    resumed: Checkpoint | None,
-) -> tuple[int, Flickr30kDataset]:
+def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
+          resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
-    # --- data ----------------------------------------------------------------------------------
-    train_set, val_set, tokenizer = load_data(args, data, results)
+    # --- captions ------------------------------------------------------------------------------
+    source, tokenizer = load_captions(args)
+
+    # --- model ---------------------------------------------------------------------------------
+    # Before the images are decoded, which can take minutes: weights that do not fit are refused.
+    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
+    if args.compile:
+        model.image_encoder.compile_training()
+    print(f"model: {model.summary()}, on {device}")
+
+    # --- images --------------------------------------------------------------------------------
+    train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     check_batch_size(
         min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
         batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
 
-    # --- model ---------------------------------------------------------------------------------
-    model = resumed.model if resumed else build_model(args, tokenizer)
-    model.to(device)
-    if args.compile:
-        model.image_encoder.compile_training()
-    print(f"model: {model.summary()}, on {device}")
-
     # --- optimizer -----------------------------------------------------------------------------
     dtype = runtime.compute_dtype(device, args.precision)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     scaler = runtime.grad_scaler(device, dtype)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     with runtime.stop_on_request() as stop_request:
-        run = RunState(
+        run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
-            data={"train": train_set.digest(), "validation": val_set.digest()},
+            data=run_state.data_digests(train=train_set, validation=val_set),
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
-        start_run(run, resumed)
+        run.start(resumed)
         # A function of the step, built after the steps of a resumed run are known.
         scheduler = build_schedule(
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
         # --- loop ------------------------------------------------------------------------------
-        features = pixels = None
+        features = pixels = splits = [train_set, val_set]
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
-            features = [
-                split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                if len(split) else split for split in (train_set, val_set)]
+            features = [split.with_images(
+                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+            pixels = [cache_on_device(split, device) for split in splits]
         print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
-                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size,
-                freeze_batchnorm=args.freeze_batchnorm, progress=run.progress,
-                after_step=run.after_step)
+                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
+                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
+            run.save()  # a run that is killed during validation continues with the validation
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
@@ -137,7 +135,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     """Parse the flags; with --resume also load the run, whose flags are then the defaults.
 
     Raises:
-        UserError: there is no run to resume, or a flag contradicts it.
+        UserError: there is no run to resume, a flag contradicts it, or a new run would replace an
+            unfinished one with the same flags.
     """
     parser = cli.Parser(description=__doc__)
     cli.add_results_arguments(parser)
@@ -147,44 +146,55 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_training_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
-    if not args.resume:
-        return args, None
     results = cli.resolve_results(args)
-    resumed = load_run(results)
+    if not args.resume:
+        run_state.check_no_unfinished_run(results, cli.plain_values(args))
+    if not args.resume or (args.resume == "auto" and not run_state.has_run(results)):
+        return args, None
+    resumed = run_state.load_run(results)
     # The baseline has the values of flags that an earlier version did not have.
-    flags = {**RECIPES["baseline"], **rename_flags(resumed.content["args"])}
+    flags = {**RECIPES["baseline"], **run_state.rename_flags(resumed.content["args"])}
     # The folder of the run may have been moved since.
     parser.set_defaults(**{**flags, "results_dir": results.folder})
     args = parser.parse_args(argv)
-    compare_flags(cli.plain_values(args), flags)
+    run_state.compare_flags(cli.plain_values(args), flags)
     return args, resumed
 
 
-def load_data(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths
-) -> tuple[Flickr30kDataset, Flickr30kDataset, Tokenizer]:
-    """Return the training and validation splits, and a tokenizer of the training captions.
+def load_captions(args: argparse.Namespace) -> tuple[DataSource, Tokenizer]:
+    """Read and split the captions; return them and a tokenizer of the training captions.
 
     Raises:
-        UserError: a split has fewer than two images, or see `scan_dataset`, `prepare_datasets`.
+        UserError: there are no validation images, or see `scan_dataset`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
-    splits = [source.splits["train"], source.splits["val"]]
-    # Only from training captions: a vocabulary of all captions would leak the validation words.
-    captions = [caption for record in splits[0] for caption in record.captions]
-    tokenizer = Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+    # A vocabulary of all captions would leak the words of the validation captions.
+    captions = [caption for record in source.splits["train"] for caption in record.captions]
+    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+
+
+def load_images(
+    args: argparse.Namespace, source: DataSource, tokenizer: Tokenizer, data: DataPaths,
+    results: ResultPaths,
+) -> list[Flickr30kDataset]:
+    """Decode the images; return the training and the validation split.
+
+    Raises:
+        UserError: a split has fewer than two images, or see `prepare_datasets`.
+    """
     datasets = prepare_datasets(
-        source, splits, tokenizer, args.image_size, cache=data.cache,
-        rejected=results.folder / "rejected.csv", strict=args.strict)
+        source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
+        cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
         if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
+            cure = ("change the split of the caption files" if source.annotations.has_split
+                    else "split them otherwise with --val-fraction")
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
-                            "2: add images, or split them otherwise with --val-fraction")
-    train_set, val_set = datasets
-    return train_set, val_set, tokenizer
+                            f"2: add images, or {cure}")
+    return datasets
 
 
 def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
@@ -200,20 +210,8 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     return model
 
 
-def start_run(run: RunState, resumed: Checkpoint | None) -> None:
-    """Restore a resumed run, or prepare the results folder for a new one."""
-    if resumed:
-        run.restore(resumed.content, run.results.last)
-        step = f" and {run.progress.step} steps" if run.progress else ""
-        print(f"resumed after epoch {len(run.log)}{step}")
-    if distributed.rank() == 0:
-        if not resumed:
-            run.results.archive_last_run()
-        write_atomic(run.results.folder / "args.json", json.dumps(run.flags, indent=2).encode())
-
-
 def report_stop(
-    args: argparse.Namespace, run: RunState, epoch: int, signal: Signals | None
+    args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
 ) -> int:
     """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
     n_ranks = distributed.world_size()
@@ -226,9 +224,7 @@ def report_stop(
     return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
 
 
-def report_best(
-    results: ResultPaths, val_set: Flickr30kDataset, device: torch.device
-) -> None:
+def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
     """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
     model, _, best = load_checkpoint(results.best)
     if not len(val_set):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
                    for match in difflib.get_close_matches(name, valid, 1)]
         if nearest:
             message += f"; did you mean {', '.join(nearest)}?"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.exit(2)  # the first process of this machine prints it
         self.exit(2, f"error: {message}\n{self.prog} --help lists all flags\n")
 
 
@@ -226,8 +229,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--deterministic", action="store_true",
                          help="give the same bits in every run on a GPU too, at some cost in "
                          "speed; a CPU always does")
-    machine.add_argument("--resume", action="store_true",
-                         help="continue the run in --results-dir with its flags")
+    machine.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
+                         help="continue the run in --results-dir with its flags; auto: continue it "
+                         "if there is one, and start it otherwise")
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import runpy
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.training.engine import Progress, train_one_epoch
 from src.training.recipes import RECIPES
 from src.training.run_state import RunState
+from src.utils import files
 from src.utils.errors import UserError, run_script
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
@@ -126,7 +129,7 @@ def load(path: Path) -> dict:
 def test_train_writes_the_files_of_its_docstring(run, trained):
     """Two checkpoints, the log, the arguments, two plots and the list of rejected input."""
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    assert files == {BEST, LAST, "log.jsonl", "args.json", "curves.png", "examples.png",
+    assert files == {BEST, LAST, PREVIOUS, "log.jsonl", "args.json", "curves.png", "examples.png",
                      "rejected.csv", ".lock"}
     best = load(trained / BEST)
     assert {"model_state", "vocab", "config", "metrics", "epoch", "args"} <= best.keys()
@@ -758,6 +761,132 @@ def test_an_unknown_flag_without_a_near_one(capsys):
     assert "did you mean" not in capsys.readouterr().err
 
 
+# Clusters: restarts, file systems without locks, batches that cannot be trained on
+
+
+def test_a_run_killed_during_validation_continues_with_it(run, straight, monkeypatch):
+    """The epoch is not trained again: the resumed run starts with the validation."""
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(train, "evaluate_retrieval", lambda *_: power_cut())
+        run("validating", epochs=2)
+    steps = load(run.folder / "validating" / LAST)["progress"]["step"]
+    trained_steps = []
+
+    def epoch(*args, **options):
+        before = options["progress"].step if options["progress"] else 0
+        trained_steps.append(train_one_epoch(*args, **options).step - before)
+
+    monkeypatch.setattr(train, "train_one_epoch", epoch)
+    assert_same_run(run.resume("validating"), straight)
+    assert trained_steps == [0, steps]
+
+
+def test_resume_auto_starts_a_run_and_continues_it(run, straight, monkeypatch):
+    """The same command starts a run, continues it after each interruption, and leaves a finished
+    run as it is."""
+    for after in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            interrupt(patch, after, power_cut)
+            run("auto", "--resume", "auto", "--save-every", "0", epochs=2)
+    results = run("auto", "--resume", "auto", "--save-every", "0", epochs=2)
+    assert_same_run(results, straight)
+    before = (results / LAST).read_bytes()
+    run("auto", "--resume", "auto", "--save-every", "0", epochs=2)
+    assert (results / LAST).read_bytes() == before
+
+
+def test_a_restart_does_not_replace_its_unfinished_run(run, monkeypatch):
+    """The same command without --resume is refused while its run is unfinished, with the flags that
+    continue it; another run may take the folder, and a finished one may be repeated."""
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 8, power_cut)
+        run("restart", epochs=2)
+    before = (run.folder / "restart" / LAST).read_bytes()
+    with pytest.raises(UserError, match=r"(?s)unfinished run.*1 of 2 epochs.*--resume auto"):
+        run("restart", epochs=2)
+    assert (run.folder / "restart" / LAST).read_bytes() == before
+    run("restart", epochs=1)
+    run("restart", epochs=1)
+
+
+def test_resume_notes_changed_images(run, trained, capsys, monkeypatch, tmp_path):
+    """Another image under the same name is noted, and the run continues."""
+    shutil.copytree(run.folder / "data", tmp_path / "data")
+    images = tmp_path / "data" / "images"
+    run.copy("one", "images")
+    flags = ["--images", str(images), "--cache-dir", str(tmp_path), "--epochs", "2"]
+    run.resume("images", *flags)
+    assert "have changed" not in capsys.readouterr().err
+    names = sorted(path.name for path in images.iterdir())
+    contents = [(images / name).read_bytes() for name in names]
+    for name, content in zip(names, contents[2:] + contents[:2], strict=True):
+        (images / name).write_bytes(content)
+    run.resume("images", *flags, "--epochs", "3")
+    error = capsys.readouterr().err
+    assert "note: the train pixels and validation pixels have changed" in error
+
+
+def test_resume_notes_another_number_of_processes(run, trained, capsys):
+    """A run of two processes continues in one, with a note."""
+    run.copy("one", "processes")
+    content = load(trained / LAST)
+    torch.save({**content, "n_ranks": 2}, run.folder / "processes" / LAST)
+    run.resume("processes", "--epochs", "2")
+    assert "note: the run had 2 processes, has 1" in capsys.readouterr().err
+
+
+def test_file_systems_without_locks_and_folder_sync(run, trained, monkeypatch, capsys):
+    """Without flock (Lustre, NFS) and without fsync of folders (CIFS) a run is trained all the
+    same, with one note on what cannot be noticed."""
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    files._note_missing_locks.cache_clear()
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    results = run("no locks")
+    error = capsys.readouterr().err
+    assert error.count("note: this file system has no file locks") == 1
+    monkeypatch.undo()
+    files._note_missing_locks.cache_clear()
+    assert_same_run(results, trained)
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (("--batch-size", "1"), "a batch of 1 image has no negatives"),
+    (("--batch-size", "9", "--chunk-size", "8"), "on a single image of 32 pixels"),
+], ids=str)
+def test_batches_of_one_image_are_refused(run, stubs, flags, part):
+    """A loss that is always 0, and BatchNorm on one value, are refused before any step."""
+    with pytest.raises(UserError, match=f"(?s){part}.*--batch-size"):
+        run("too small", *flags)
+    assert stubs.seen == []
+
+
+def test_weights_are_checked_before_anything_is_decoded(run, tmp_path):
+    """A file that does not fit costs no decoding."""
+    torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        run("weights", "--weights", str(tmp_path / "weights.pth"), "--cache-dir",
+            str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_rank_without_a_launcher_is_one_message(monkeypatch, capsys, trained, script):
+    """RANK alone, as some clusters set it, is refused with the cure."""
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    status, error = run_program(monkeypatch, capsys, script, "--results-dir", str(trained))
+    assert status == 2 and error.startswith("error: the environment has RANK but no WORLD_SIZE")
+    assert "torchrun" in error and "Traceback" not in error
+
+
 # main.py
 
 
@@ -768,19 +897,19 @@ def check(tiny_data):
 
     def run_main(*flags: str) -> int:
         return main_script.main(["--images", str(images), "--annotations", str(annotations),
-                                 "--val-fraction", "0.25", "--image-size", "32",
-                                 "--batch-size", "8", *flags])
+                                 "--image-size", "32", "--batch-size", "8", *flags])
     return run_main
 
 
 def test_sanity_check_of_good_data(check, capsys):
     """The exit status is 0, and the report has a line for each check."""
-    assert check() == 0
+    assert check("--val-fraction", "0.25") == 0
     out = capsys.readouterr().out
-    for part in ("60 rows in the format of results.csv: 0 fixed, 0 rejected",
+    for part in ("60 rows, table with |", "0 fixed, 0 rejected",
                  "12 with captions (12 with 5); 0 missing, 0 files unused",
                  "by image, from seed and file names: train 9, val 3",
-                 "0 byte-identical photos", "% are cut to 32", "words from train captions",
+                 "0 groups of byte-identical images", "% are cut to 32",
+                 "words of the training captions",
                  "images (8, 3, 32, 32), tokens (8, 32) -> embeddings (8, 256), (8, 256)",
                  "ln(8) = 2.079", "all is well"):
         assert part in out
@@ -797,29 +926,30 @@ def test_untrained_loss_is_near_ln_batch(check, capsys, seed):
 def break_data(kind: str, images: Path, annotations: Path) -> str:
     """Damage good data, and return the message that main.py should print."""
     names = sorted(path.name for path in images.iterdir())
-    if kind == "photo missing":
+    if kind == "image missing":
         (images / names[3]).unlink()
-        return "1 photos are missing from"
+        return "1 images are missing from"
     if kind == "row rejected":
         with open(annotations, "a") as file:
-            file.write("this is no row\n")
+            file.write("not a row\n")
         return "1 caption rows were rejected"
-    if kind == "photo unreadable":
+    if kind == "image unreadable":
         for name in names:
-            (images / name).write_bytes(b"not a photo")
+            (images / name).write_bytes(b"not an image")
         return "1000.png cannot be read"
     rows = annotations.read_text().splitlines()[1:]
     if kind == "no words":
         annotations.write_text("".join(f"{row.rsplit('|', 1)[0]}| ...\n" for row in rows))
         return "the vocabulary has no words"
-    split = {"only train": "train", "only test": "test"}[kind]
-    photos = [{"filename": name, "split": split, "sentences": [{"raw": "A dog runs ."}]}
-              for name in names]
-    annotations.write_text(json.dumps({"images": photos}))
-    return "there are no val photos"
+    split = kind.removeprefix("only ")
+    entries = [{"filename": name, "split": split, "sentences": [{"raw": "A dog runs ."}]}
+               for name in names]
+    annotations.write_text(json.dumps({"images": entries}))
+    return ("there are no training images" if split == "test" else
+            "the split of the caption file has no validation images (train 12, val 0, test 0)")
 
 
-@pytest.mark.parametrize("kind", ["photo missing", "row rejected", "photo unreadable", "no words",
+@pytest.mark.parametrize("kind", ["image missing", "row rejected", "image unreadable", "no words",
                                   "only train", "only test"])
 def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
     """The exit status is 1, and the problem is listed at the end of the report."""
@@ -830,19 +960,20 @@ def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
     assert complaint in out.split("\nwrong:\n")[1]
 
 
-def test_photos_on_both_sides_are_counted(check, tiny_data, capsys):
-    """A validation image with the bytes of a training image is listed, one of its size is not."""
-    photos = sorted(tiny_data[0].glob("*.png"))
-    longest = max(path.stat().st_size for path in photos)
-    for path in photos:
+def test_identical_images_in_two_splits_are_counted(check, tiny_data, capsys):
+    """A group of images with the same bytes in two splits is shortened to three names; images with
+    only the same size are none."""
+    images = sorted(tiny_data[0].glob("*.png"))
+    longest = max(path.stat().st_size for path in images)
+    for path in images:
         path.write_bytes(path.read_bytes().ljust(longest, b"\0"))
-    check()
-    assert "0 byte-identical photos" in capsys.readouterr().out
-    for path in photos:
-        path.write_bytes(photos[0].read_bytes())
-    check()
-    assert "1 byte-identical photos stand on both sides: 1000.png = 1002.png" in \
-        capsys.readouterr().out
+    check("--val-fraction", "0.25")
+    assert "0 groups of byte-identical images" in capsys.readouterr().out
+    for path in images:
+        path.write_bytes(images[0].read_bytes())
+    check("--val-fraction", "0.25")
+    assert "1 groups of byte-identical images are in train and elsewhere, such as 1000.png = " \
+        "1002.png = 1004.png and 3 more\n" in capsys.readouterr().out
 
 
 # train_image_only.py
@@ -904,9 +1035,14 @@ def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
                                     "train_image_only.py"])
 def test_help_can_be_printed(monkeypatch, capsys, script):
-    """--help prints all help texts, in which argparse formats percent signs."""
-    status, error = run_program(monkeypatch, capsys, script, "--help")
-    assert (status, error) == (0, "")
+    """--help prints all help texts, in which argparse formats percent signs, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+    out, error = capsys.readouterr()
+    assert (caught.value.code, error) == (0, "")
+    assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
 def test_exit_status_of_a_program(capsys):

@@ -104,7 +104,8 @@ def read_annotations(
             raise UserError(f"cannot read the caption file {path}: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"{path} {error}") from error
-        table["image"] = table["image"].map(_clean_names(table["image"].unique()))
+        names = _clean_names(table["image"].unique())
+        table["image"] = [names[text] for text in table["image"]]
         if len(paths) > 1:
             table["where"] = f"{path.name} " + table["where"]
             if not table["split"].any():

@@ -76,7 +76,7 @@ class PixelStore:
         """
         try:
             with exclusive_lock(folder / f"pixels_{size}.lock",
-                                "another run is decoding the images; waiting"):
+                                "waiting for another process to decode the images"):
                 return cls._build_locked(folder, images, names, size, workers, follow_links)
         except OSError as error:
             raise UserError(f"cannot keep decoded pixels in {folder}: {error.strerror or error}; "

@@ -169,7 +169,9 @@ class ImageEncoder(nn.Module):
         Args:
             weights: 'imagenet' (downloaded once and then read from torch's cache; those of a Lite
                 network are in a package of their own), 'none' to keep the random weights, or the
-                path of a file with the parameter names of efficientnet_pytorch.
+                path of a file with the parameter names of efficientnet_pytorch: a state, one
+                with the prefix 'module.' or nested under 'state_dict' or 'model', or a checkpoint
+                or exported image encoder of this project.
 
         Raises:
             UserError: the file is missing or of another network, the package is not installed, or
@@ -181,17 +183,25 @@ class ImageEncoder(nn.Module):
             state = _load_lite(self.name) if self.name in LITE else _download(self.name)
         else:
             state = load_tensors(Path(weights))
-        state = {key: value for key, value in state.items() if not str(key).startswith("_fc.")}
+        state = _find_backbone(state)
         own = self.backbone.state_dict()
-        shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
-        wrong = [key for key in own.keys() | shapes.keys()
-                 if key not in own or own[key].shape != shapes.get(key)]
+        # Weights saved by PyTorch before 0.4.1 have no counts, which nothing here uses.
+        state = {key: value for key, value in own.items() if "num_batches_tracked" in key} | state
+        reasons = []
+        if missing := own.keys() - state.keys():
+            reasons.append(f"{len(missing)} of {len(own)} tensors are missing, e.g. {min(missing)}")
+        if unknown := state.keys() - own.keys():
+            reasons.append(f"{len(unknown)} are not part of it, e.g. {min(unknown)}")
+        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
         if wrong:
-            raise UserError(
-                f"{weights} does not hold the weights of {self.name}: {len(wrong)} of {len(own)} "
-                f"tensors differ, {min(map(str, wrong))} among them; choose the fitting "
-                "--image-encoder"
-            )
+            reasons.append(f"{len(wrong)} have another shape, e.g. {min(wrong)} "
+                           f"{tuple(state[min(wrong)].shape)} instead of "
+                           f"{tuple(own[min(wrong)].shape)}")
+        if reasons:
+            cure = ("choose the --image-encoder that the file is of" if len(missing) < len(own) / 2
+                    else "the names must be those of the package efficientnet_pytorch")
+            raise UserError(f"{weights} does not hold the weights of {self.name}: "
+                            f"{'; '.join(reasons)}; {cure}")
         self.backbone.load_state_dict(state)
 
 
@@ -234,6 +244,19 @@ def _fold_padding(backbone: EfficientNet) -> None:
             left, right, top, bottom = module.static_padding.padding
             if left == right and top == bottom:
                 module.padding, module.static_padding = (top, left), nn.Identity()
+
+
+def _find_backbone(content: dict) -> dict[str, torch.Tensor]:
+    """Return the tensors of the backbone in a file of weights, without the classifier `_fc`."""
+    for key in ("model_state", "backbone_state", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    state = {str(key).removeprefix("module."): value for key, value in content.items()
+             if isinstance(value, torch.Tensor)}
+    ours = "image_encoder.backbone."  # in a checkpoint of the dual encoder
+    state = {key.removeprefix(ours): value for key, value in state.items()
+             if key.startswith(ours)} or state
+    return {key: value for key, value in state.items() if not key.startswith("_fc.")}
 
 
 def _download(name: str) -> dict[str, torch.Tensor]:

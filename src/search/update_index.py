@@ -290,14 +290,14 @@ def _update(
     moved = {} if reusable else _find_content(index, images, {name: found[name] for name in new})
     gone = _check_missing(index, scan, folder, images, set(moved.values()), exclude, prune)
     new = [name for name in new if name not in moved]
+    if new and not writable:
+        print(f"the index in {folder} cannot be written: {_files(new)} new or changed, and not "
+              "searched", file=sys.stderr)
+        new = []
     if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
         from src.utils.distributed import broadcast_object
 
         broadcast_object((images, {name: found[name] for name in new}, reusable))
-    if not writable:
-        if new:
-            print(f"the index in {folder} cannot be written: {_files(new)} "
-                  "new or changed, and not searched", file=sys.stderr)
     rows = [i for i, name in enumerate(index.names) if name in kept or name in gone]
     about = {**about, "folder": str(images.resolve())}
     old_names = set(index.names)

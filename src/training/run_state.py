@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from src.data.dataset import Flickr30kDataset
 from src.models.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,
@@ -21,7 +22,7 @@ from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.training.engine import Progress
 from src.training.optim import MovingAverage
-from src.utils.distributed import any_rank, rank
+from src.utils.distributed import any_rank, rank, world_size
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
@@ -60,7 +61,7 @@ class RunState:
             model, tokenizer, optimizer, scaler: as they are trained.
             results: where the run is saved.
             flags: the command line as plain values.
-            data: split -> digest of its images and captions.
+            data: see `data_digests`.
             ema_decay: decay of an exponential moving average of the weights, 0 for none.
             save_minutes: how often to save within an epoch.
             stop_request: set by a signal that asks the run to stop.
@@ -88,6 +89,22 @@ class RunState:
         """Steps since the run began."""
         finished = self.log[-1]["steps"] if self.log else 0
         return finished + (self.progress.step if self.progress else 0)
+
+    def start(self, resumed: Checkpoint | None) -> None:
+        """Restore a resumed run, or prepare the results folder for a new one.
+
+        Raises:
+            UserError: see `restore`.
+        """
+        if resumed:
+            self.restore(resumed.content, self.results.last)
+            step = f" and {self.progress.step} steps" if self.progress else ""
+            print(f"resumed after epoch {len(self.log)}{step}")
+        if rank() == 0:
+            if not resumed:
+                self.results.archive_last_run()
+            write_atomic(self.results.folder / "args.json",
+                         json.dumps(self.flags, indent=2).encode())
 
     def after_step(self, progress: Progress) -> bool:
         """Update the average of the weights; save if it is time or the run is asked to stop.
@@ -148,6 +165,7 @@ class RunState:
             rotate_checkpoint(
                 self.results.last, self.results.previous, self.model, self.tokenizer,
                 **self._summary(), log=self.log, progress=progress, data=self.data,
+                n_ranks=world_size(),
                 optimizer_state=self.optimizer.state_dict(),
                 scaler_state=self.scaler.state_dict(),
                 average_state=self.eval_model.state_dict() if self._average else {},
@@ -183,13 +201,23 @@ class RunState:
         Raises:
             UserError: the captions, the images or the vocabulary are not those of the checkpoint.
         """
-        if content["data"] != self.data or content["vocab"] != self.tokenizer.vocab:
-            changed = [name for name, digest in self.data.items()
-                       if content["data"].get(name) != digest]
+        # A digest that an earlier version did not save is not a change.
+        changed = [name for name, digest in self.data.items()
+                   if content["data"].get(name, digest) != digest]
+        pixels = [name for name in changed if name.endswith("pixels")]
+        others = [name for name in changed if name not in pixels]
+        if others or content["vocab"] != self.tokenizer.vocab:
             raise UserError(
-                f"the {' and '.join(changed) or 'words of the'} images or captions are not those "
+                f"the {' and '.join(others) or 'words of the'} images or captions are not those "
                 f"that {path} was trained with: restore the earlier data, or start a new run with "
                 "another --results-dir")
+        if pixels:  # not an error: other versions of an image decoder differ in the last bit
+            _note(f"the {' and '.join(pixels)} have changed since the run was saved: image files "
+                  "were replaced, or are decoded by another version of Pillow")
+        if content.get("n_ranks", world_size()) != world_size():
+            _note(f"the run had {content['n_ranks']} processes, has {world_size()}: BatchNorm "
+                  "normalizes over other parts of a batch, so the result is not that of an "
+                  "uninterrupted run")
         own_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**content["optimizer_state"], "param_groups": own_groups})
         if content["scaler_state"]:  # empty where no scaler was needed
@@ -220,15 +248,50 @@ def _is_same_epoch(best: Path, summary: dict[str, Any]) -> bool:
     return all(earlier.get(part) == summary[part] for part in ("epoch", "metrics"))
 
 
+def data_digests(**splits: Flickr30kDataset) -> dict[str, str]:
+    """Return the digests of a run's data, as `RunState` saves and compares them."""
+    return {name: digest for split, dataset in splits.items()
+            for name, digest in ((split, dataset.digest()),
+                                 (f"{split} pixels", dataset.pixel_digest()))}
+
+
+def has_run(results: ResultPaths) -> bool:
+    """Return whether there is a checkpoint that --resume could continue."""
+    return results.last.exists() or results.previous.exists()
+
+
+def check_no_unfinished_run(results: ResultPaths, flags: dict[str, Any]) -> None:
+    """Check that a new run with `flags` does not replace the same run, interrupted earlier.
+
+    Raises:
+        UserError: it does; the message says how to continue it.
+    """
+    if not has_run(results):
+        return
+    try:
+        content = load_run(results).content
+    except UserError:
+        return  # it cannot be continued
+    earlier = rename_flags(content["args"])
+    same = all(value == earlier.get(name, value) for name, value in flags.items()
+               if name not in UNCOMPARED)
+    if same and len(content["log"]) < flags["epochs"]:
+        raise UserError(
+            f"{results.folder} has an unfinished run with these flags, {len(content['log'])} of "
+            f"{flags['epochs']} epochs: continue it with --resume, or start a new one with another "
+            "--results-dir (--resume auto continues a run where there is one and starts one where "
+            "there is none)")
+
+
 def load_run(results: ResultPaths) -> Checkpoint:
     """Load the newest intact checkpoint of the run in `results`.
 
     Raises:
         UserError: there is none.
     """
-    if not results.last.exists() and not results.previous.exists():
+    if not has_run(results):
         raise UserError(f"--resume needs {results.last}, which does not exist: start without "
-                        "--resume")
+                        "--resume, or with --resume auto")
     loaded = load_newest_checkpoint(results.last, results.previous)
     if "optimizer_state" not in loaded.content:
         raise UserError(f"{results.last} holds a model, but no run to continue: start without "
@@ -258,4 +321,9 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
         raise UserError(f"--resume continues a run with other flags: {'; '.join(refused)}. Leave "
                         "that out, or start a new run with another --results-dir")
     for text in changed.values():
+        _note(text)
+
+
+def _note(text: str) -> None:
+    if rank() == 0:
         print(f"note: {text}", file=sys.stderr)

@@ -8,25 +8,48 @@ knows the images and captions of the whole batch, so the sizes to gather need no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_error
 
 
 def init_distributed() -> None:
     """Join the process group if torchrun has started this process; do nothing otherwise.
 
     From then on only rank 0 prints on standard output.
+
+    Raises:
+        UserError: only a part of torchrun's environment variables is set, or the processes cannot
+            connect to each other.
     """
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                   if name not in os.environ]
+        if missing:
+            raise UserError(f"the environment has RANK but no {', '.join(missing)}: start several "
+                            "processes with torchrun, or unset RANK")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            store, own_rank, n_ranks = next(dist.rendezvous("env://"))
+            # torchrun keeps its store over restarts, with the addresses of processes that have
+            # ended. The count is the same for all processes of one machine only.
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"restart {restarts}", store)
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks)
+        except RuntimeError as error:
+            raise UserError(
+                "the processes of this run cannot connect to each other ("
+                f"{str(error).partition(chr(10))[0]}); restarts of torchrun on several machines "
+                "need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment", status=1) from error
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
@@ -35,6 +58,33 @@ def destroy_distributed() -> None:
     """Leave the process group; threads of a group that is left open abort Python at its exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Be in the process group while the block runs; a UserError of several ranks is printed once.
+    """
+    init_distributed()
+    try:
+        yield
+    except UserError as error:
+        if world_size() > 1:
+            # The ranks usually meet the same error. The first one prints it, and does so before it
+            # leaves the group: torchrun kills the others when a rank ends.
+            if _count_error(str(error)) == 1:
+                print_error(error)
+            sys.exit(error.status)
+        raise
+    finally:
+        destroy_distributed()
+
+
+def _count_error(message: str) -> int:
+    """Return how many ranks, this one included, have had this error so far."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"error: {message}", 1)
+    except RuntimeError:  # the process that holds the store has ended
+        return 1
 
 
 def world_size() -> int:

@@ -19,6 +19,11 @@ class UserError(Exception):
         self.status = status
 
 
+def print_error(error: UserError) -> None:
+    """Print the message of an error on standard error."""
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
 def run_script(main: Callable[[], int]) -> None:
     """Run the main function of a script and exit with the status that it returns.
 
@@ -30,7 +35,7 @@ def run_script(main: Callable[[], int]) -> None:
         status = main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print_error(error)
         status = error.status
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from src.utils.errors import UserError
+
+# Errors of file systems without locks: Lustre without -o flock, NFS without its lock daemon.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Errors of file systems that cannot flush a folder: CIFS, vboxsf.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -51,7 +58,7 @@ def _open_locked(path: Path) -> BinaryIO:
         # Append mode: "wb" would truncate the file that another writer is writing.
         file = open(path, "ab", opener=open_no_link)
         with contextlib.suppress(FileNotFoundError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 return file
@@ -67,10 +74,13 @@ def open_no_link(path: Path | str, flags: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, new names and renames, to the disk."""
+    """Flush a folder's entries, new names and renames, to the disk, if the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -88,11 +98,11 @@ def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", opener=open_no_link) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, wait=False)
         except BlockingIOError:
-            if waiting:
+            if waiting and _is_main():
                 print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
         yield
 
 
@@ -109,11 +119,37 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, wait=False)
         except BlockingIOError as error:
             raise UserError(f"another run is writing to {folder}: wait for it, or choose another "
                             "folder with --results-dir") from error
         yield
+
+
+def _lock(file: BinaryIO, wait: bool = True) -> None:
+    """Lock an open file; where the file system has no locks, print a note and continue.
+
+    Raises:
+        BlockingIOError: not `wait`, and another process has the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _note_missing_locks()
+
+
+@cache  # once per process
+def _note_missing_locks() -> None:
+    if _is_main():
+        print("note: this file system has no file locks, so a second run that writes to the same "
+              "folder cannot be noticed: give each run its own --results-dir", file=sys.stderr)
+
+
+def _is_main() -> bool:
+    """Return whether this is rank 0, without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def content_digest(path: Path) -> str:

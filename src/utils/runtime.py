@@ -25,11 +25,22 @@ def pick_device(name: str) -> torch.device:
     With several processes 'cuda' is a different GPU for each process of a machine.
 
     Raises:
-        UserError: this machine or this build of torch has no such device.
+        UserError: this machine or this build of torch has no such device, or fewer GPUs than
+            processes.
     """
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if name == "cuda" and n_processes > torch.cuda.device_count() > 0:
+        raise UserError(f"{n_processes} processes, {torch.cuda.device_count()} GPU: start one "
+                        "process per GPU, or take --device cpu")
+    if name.startswith("cuda:") and n_processes > 1:
+        raise UserError(f"--device {name} is one GPU for {n_processes} processes: --device cuda "
+                        "gives each its own")
+    if name == "mps" and has_mps and torch.__version__ < "2.10":
+        raise UserError(f"torch {torch.__version__} has no embedding_bag on MPS: install torch "
+                        "2.10 or later, or take --device cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from src.data.caption_files import CAPTION_COLUMNS, IMAGE_COLUMNS
 from src.data.captions import Annotations, ImageRecord, read_annotations
 from src.utils.errors import UserError
 from tests.stress.fuzz_captions import check_file
@@ -290,13 +292,17 @@ def test_columns_are_found_by_their_names(
     "a.jpg,a red dog,0\na.jpg,\"a dog, too\",0\nb.jpg,two boats,1\n",
     "foto,alt,n\na.jpg,a red dog,0\na.jpg,\"a dog, too\",0\nb.jpg,two boats,1\n",
     '[{"foto": "a.jpg", "alt": "a red dog"}]',
+    "\ufeffimage_name,english_caption,french_caption\na.jpg,a red dog,un chien\n",
+    "id,mood,caption\na.jpg,3,a red dog\nb.jpg,4,two boats\n",
 ])
 def test_columns_of_unknown_names_are_shown(tmp_path: Path, content: str) -> None:
     """The refusal shows each column with a value, and the flags; with these the file is read."""
     with pytest.raises(UserError) as raised:
         read(tmp_path, content)
     message = str(raised.value)
-    image, caption = ("foto", "alt") if "foto" in content else ("1", "2")
+    image, caption = next((pair for pair in (
+        ("foto", "alt"), ("image_name", "english_caption"), ("id", "caption"))
+        if pair[0] in content), ("1", "2"))
     assert f"{image}: 'a.jpg'" in message and f"{caption}: 'a red dog'" in message
     assert f"--image-column {image!r} --caption-column {caption!r}" in message
     found = read(tmp_path, content, image_column=image, caption_columns=[caption])
@@ -515,6 +521,7 @@ def test_one_image_has_one_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [
     b"one line of prose", b"\x00\x01\x02", b"a,b,c\n1,2,3", b"%PDF-1.7\n\xff\xfe\x00",
     b"\xff\xd8\xff\xe0\x00\x10JFIF", b"PK\x03\x04\x00", b"\x1f\x8b\x00",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
 ])
 def test_files_of_other_kinds_are_refused(tmp_path: Path, content: bytes) -> None:
     """Not a caption file: one error that names the file."""
@@ -575,3 +582,94 @@ def test_no_row_of_any_file_is_lost(
             content[place : place + len(text)] = bytes([byte]) if what == "byte" else b""
     (tmp_path / "captions").write_bytes(content)
     check_file(tmp_path / "captions")
+
+
+# --- documentation ---------------------------------------------------------------------------
+
+
+DOCUMENTED = re.findall(
+    r"\n\| (?!layout|-|parquet)([^|]+?) \| (`.*`) \|",
+    (ROOT / "docs" / "captions.md").read_text().split("## Columns")[0])
+
+
+@pytest.mark.parametrize(("layout", "example"), DOCUMENTED, ids=[name for name, _ in DOCUMENTED])
+def test_the_documented_layouts_are_read(tmp_path: Path, layout: str, example: str) -> None:
+    """Each example of docs/captions.md is the caption that it says, and nothing is rejected."""
+    text = example.strip("`").replace("`<br>`", "\n").replace("<tab>", "\t").replace("\\|", "|")
+    for content in [text, text.splitlines()[-1]][: 1 + ("also without header" in layout)]:
+        found = read(tmp_path, content)
+        assert found.records[0].name == "a.jpg" and found.rejected == []
+        assert found.records[0].captions[0] == "A dog runs ."
+
+
+def test_the_documentation_is_complete() -> None:
+    """docs/captions.md has every layout, and the names of all columns that are known."""
+    text = (ROOT / "docs" / "captions.md").read_text()
+    assert len(DOCUMENTED) == 17
+    names = {re.sub(r"[\W_]", "", word) for word in re.findall(r"[\w]+", text)}
+    assert set(CAPTION_COLUMNS) <= names
+    assert set(IMAGE_COLUMNS) - names <= {"imagefilename", "imgfile", "photoname"}
+
+
+# --- reported files --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.parametrize(("path", "expected"), [
+    ("train-01/captions.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats"])]),
+    ("train-02/captions.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats"])]),
+    ("train-03/metadata.csv", [("a.jpg", ["a red dog on grass", "a dog, running"]),
+                               ("b.jpg", ["two boats", "boats at sea"]),
+                               ("c.jpg", ["a cat", "a grey cat"])]),
+    ("train-05/multiline.csv", [("a.jpg", ["a man takes a picture"]),
+                                ("b.jpg", ["a dog and a cat"]), ("c.jpg", ["two boats"])]),
+    ("train-06/captions_val2017.json", [("a.jpg", ["a red dog"])]),
+    ("train-06/hash_number.csv", [("a.jpg", ["a red dog", "a dog"])]),
+    ("train-06/python_list.csv", [("a.jpg", ["a red dog", "a dog"])]),
+    ("train-06/split_training.json", [("a.jpg", ["a red dog"]), ("b.jpg", ["two boats"])]),
+    ("train-06/no_extension.csv", [("a", ["a red dog"]), ("b", ["two boats"])]),
+])
+def test_reported_files_are_read(path: str, expected: Captions) -> None:
+    """Files of public reports give their captions, and no row is rejected."""
+    found = read_annotations(CASES / path)
+    assert captions_in(found) == expected and found.rejected == []
+    if path.startswith(("train-03", "train-06/split")):
+        assert [r.split for r in found.records] == ["train", "val", "test"][: len(expected)]
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+def test_a_reported_file_without_its_header_is_refused(tmp_path: Path) -> None:
+    """A third column in every row could be anything: the columns are shown."""
+    text = (CASES / "train-01" / "captions.csv").read_text().split("\n", 1)[1]
+    with pytest.raises(UserError, match="--image-column '1' --caption-column '2'"):
+        read(tmp_path, text)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Text, lists and image structs of the datasets library, without reading the image bytes."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    columns = {
+        "image": [{"bytes": b"x" * 100, "path": name} for name, _ in CAPTIONS],
+        "caption": [captions for _, captions in CAPTIONS], "split": list(SPLITS.values()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "lists")
+    assert captions_in(read_annotations(tmp_path / "lists")) == CAPTIONS
+    rows = rows_of(CAPTIONS)
+    pq.write_table(pa.table({"file_name": [r[0] for r in rows], "id": [r[1] for r in rows],
+                             "text": [r[2] for r in rows]}), tmp_path / "rows")
+    assert captions_in(read_annotations(tmp_path / "rows")) == CAPTIONS
+    pq.write_table(pa.table({"a": ["x"], "b": [3]}), tmp_path / "other")
+    with pytest.raises(UserError, match="unknown names"):
+        read_annotations(tmp_path / "other")
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the message has the command that installs it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read(tmp_path, b"PAR1" + bytes(20) + b"PAR1")

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 
+import evaluate
 import main as main_script
 import train
 from src.data.captions import Annotations, DataIssue
@@ -31,8 +32,10 @@ from tests.stress.bad_input import (
     other_files,
     write_odd_dataset,
 )
+from tests.tiny_data import make_tiny_data
 
 ROOT = Path(__file__).parents[2]
+CASES = ROOT.parent / "shared" / "cases"
 
 
 class OddData:
@@ -174,6 +177,130 @@ def test_training_uses_the_rest(
     with pytest.raises(UserError, match="--strict") as raised:
         train.main([*flags(odd, tmp_path / "strict"), *small, "--strict"])
     assert raised.value.status == 1
+
+
+SMALL_MODEL = ["--weights", "none", "--batch-size", "4", "--embed-dim", "16", "--token-dim", "16",
+               "--epochs", "1", "--device", "cpu", "--image-size", "32"]
+
+
+def write_dataset(folder: Path, rows: list[str], header: str, n_images: int = 12) -> list[str]:
+    """Write images 0.png, 1.png, ... and a caption file. Returns the flags for it."""
+    make_tiny_data(folder / "tiny", n_images)
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for i, path in enumerate(sorted((folder / "tiny" / "images").iterdir())):
+        path.rename(images / f"{i}.png")
+    (folder / "captions.csv").write_text("\n".join([header, *rows]))
+    return ["--images", str(images), "--annotations", str(folder / "captions.csv"),
+            "--results-dir", str(folder / "results")]
+
+
+def test_a_file_without_validation_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The message names the file's split and two cures, which both work; so does evaluate.py."""
+    rows = [f"{i}.png,a dog number {i},{'test' if i > 8 else 'train'}" for i in range(12)]
+    data = write_dataset(tmp_path, rows, "image,caption,split")
+    with pytest.raises(UserError, match="train 9, val 0, test 3.*--val-fraction 0.1"):
+        train.main([*data, *SMALL_MODEL])
+    assert main_script.main([*data, "--min-freq", "1", "--image-size", "32"]) == 1
+    assert "train 9, val 0, test 3" in capsys.readouterr().out
+    assert train.main([*data, *SMALL_MODEL, "--val-fraction", "0.3"]) == 0
+    assert evaluate.main([*data, "--device", "cpu"]) == 0
+    assert "val: 3 images" in capsys.readouterr().out
+    assert train.main([*data, *SMALL_MODEL, "--val-fraction", "0"]) == 0
+    assert "last epoch 1, without validation" in capsys.readouterr().out
+    assert evaluate.main([*data, "--device", "cpu", "--split", "test"]) == 0
+    with pytest.raises(UserError, match="no val images"):
+        evaluate.main([*data, "--device", "cpu"])
+
+
+def test_training_without_validation_resumes(tmp_path: Path) -> None:
+    """A run without validation continues as an uninterrupted one, also on frozen features."""
+    rows = [f"{i}.png,a dog number {i}" for i in range(12)]
+    data = write_dataset(tmp_path, rows, "image,caption")
+    flags = [*data, *SMALL_MODEL, "--val-fraction", "0", "--head-epochs", "1"]
+    assert train.main(flags) == 0
+    again = ["--resume", "--results-dir", str(tmp_path / "results"), "--epochs", "2"]
+    assert train.main(again) == 0
+    log = (tmp_path / "results" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metrics"] for line in log] == [{}, {}]
+
+
+def test_the_data_flags_of_training_are_the_defaults_of_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Several caption files, columns and split files are stored in the checkpoint."""
+    rows = [f"{i}.png,x,a dog number {i}" for i in range(12)]
+    data = write_dataset(tmp_path, rows[:6], "foto,caption,alt")
+    (tmp_path / "more.csv").write_text("\n".join(["foto,caption,alt", *rows[6:]]))
+    lists = {"train.txt": range(7), "dev.txt": range(7, 11)}
+    for name, numbers in lists.items():
+        (tmp_path / name).write_text("\n".join(f"{i}.png" for i in numbers))
+    assert train.main([
+        *data[:4], str(tmp_path / "more.csv"), *data[4:], *SMALL_MODEL, "--image-column", "foto",
+        "--caption-column", "alt", "--split-files", *(str(tmp_path / name) for name in lists)]) == 0
+    out = capsys.readouterr().out
+    assert "train: 7 images" in out and "validation: 4 images" in out
+    assert "1 images in no split file" in out
+    assert evaluate.main(["--results-dir", str(tmp_path / "results"), "--device", "cpu"]) == 0
+    assert "val: 4 images, 4 captions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("caption", "flags_", "warning"), [
+    ("{0}a {0}b {0}c", [], "unknown to the vocabulary"),
+    ("a b c d e f g h", ["--context-length", "7"],
+     "100% of the captions are cut to 7 words, the longest has 8: --context-length 8"),
+    ("{0}.png", [], "look like file names"), ("a dog", [], ""),
+])
+def test_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caption: str, flags_: list[str], warning: str
+) -> None:
+    """main.py and train.py warn of unknown words, cut captions and file names for captions."""
+    rows = [f"{i}.png,{caption.format(i)}" for i in range(12)]
+    data = [*write_dataset(tmp_path, rows, "image,caption"), "--val-fraction", "0.3"]
+    main_script.main([*data, *flags_, "--image-size", "32"])
+    out = capsys.readouterr().out
+    assert warning in out and ("all is well" in out) == (not warning)
+    assert train.main([*data, *flags_, *SMALL_MODEL, "--min-freq", "2"]) == 0
+    err = capsys.readouterr().err
+    assert (f"warning: {warning}" in err or warning in err) and bool(warning) == ("warning" in err)
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.parametrize(("path", "message"), [
+    ("train-12/train_test.csv", "has no validation images (train 2, val 0, test 1)"),
+    ("train-17/long.csv", "100% of the captions are cut to 32 words, the longest has 60"),
+    ("train-08/chinese.token", "a.jpg"), ("train-07/hindi.csv", "a.jpg"),
+])
+def test_reported_files_in_main(
+    tmp_path: Path, capsys: pytest.CaptureFixture, path: str, message: str
+) -> None:
+    """main.py says what is wrong with files of public reports, and finds no unknown words."""
+    make_tiny_data(tmp_path, 3)
+    for name, image in zip("abc", sorted((tmp_path / "images").iterdir()), strict=True):
+        image.rename(tmp_path / "images" / f"{name}.jpg")
+    main_script.main(["--images", str(tmp_path / "images"), "--annotations", str(CASES / path),
+                      "--image-size", "32", "--min-freq", "1", "--val-fraction", "0.1"]
+                     if "12" not in path else
+                     ["--images", str(tmp_path / "images"), "--annotations", str(CASES / path),
+                      "--image-size", "32", "--min-freq", "1"])
+    out = capsys.readouterr().out
+    assert message in out or message == "a.jpg" and "unknown: 0.00 % of train" in out
+
+
+def test_a_group_of_identical_images_is_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of many byte-identical images three names are printed, and the number of the others."""
+    rows = [f"{i}.png,a dog number {i}" for i in range(60)]
+    data = write_dataset(tmp_path, rows, "image,caption", 60)
+    content = (tmp_path / "images" / "0.png").read_bytes()
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(content)
+    main_script.main([*data, "--image-size", "32"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "identical" in line)
+    assert line.endswith("such as 0.png = 1.png = 10.png and 57 more") and "1 groups" in line
 
 
 @pytest.mark.parametrize("name", other_files())

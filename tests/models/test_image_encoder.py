@@ -1,4 +1,4 @@
-"""The image encoder: what happens where torch.compile fails."""
+"""The image encoder: failures of torch.compile, and files of weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
+from src.models.checkpoint import export_image_encoder, save_checkpoint
+from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import ImageEncoder
+from src.models.tokenizer import Tokenizer
+from src.utils.errors import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -72,3 +76,70 @@ def test_out_of_memory_is_not_a_failure_of_the_compiler():
     encoder.compile_training(lambda graph, inputs: run)
     with pytest.raises(torch.OutOfMemoryError):
         encoder(IMAGES)
+
+
+# Files of weights
+
+
+def backbone_state() -> dict[str, torch.Tensor]:
+    """Return weights as efficientnet_pytorch publishes them, with the classifier."""
+    state = dict(make_encoder().backbone.state_dict())
+    return state | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+
+
+LAYOUTS = {
+    "published": lambda state: state,
+    "DataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+    "no counts": lambda state: {key: value for key, value in state.items()
+                                if "num_batches_tracked" not in key},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_in_common_layouts_are_loaded(layout, tmp_path):
+    """Weights with a prefix, nested, or without BatchNorm's counts are those of the state."""
+    state = backbone_state()
+    torch.save(LAYOUTS[layout](state), tmp_path / "weights.pth")
+    torch.manual_seed(1)
+    encoder = ImageEncoder("efficientnet-b0", 32)
+    encoder.load_weights(str(tmp_path / "weights.pth"))
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_files_of_this_project_are_loaded_as_weights(kind, tmp_path):
+    """A checkpoint and an exported image encoder can start another run."""
+    torch.manual_seed(0)
+    model = DualEncoder(ModelConfig(3, image_size=32))
+    path = tmp_path / "weights.pth"
+    if kind == "checkpoint":
+        save_checkpoint(path, model, Tokenizer.from_captions(["word"], 1, 4), args={})
+    else:
+        export_image_encoder(path, model, resize=34)
+    encoder = ImageEncoder("efficientnet-b0", 32)
+    encoder.load_weights(str(path))
+    for name, value in model.image_encoder.backbone.state_dict().items():
+        assert torch.equal(encoder.backbone.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda state: state.pop("_bn0.bias"), "1 of .* tensors are missing, e.g. _bn0.bias; choose"),
+    (lambda state: state.update(other=torch.zeros(1)), "1 are not part of it, e.g. other; choose"),
+    (lambda state: state.update({"_bn0.bias": torch.zeros(3)}),
+     r"1 have another shape, e.g. _bn0.bias \(3,\) instead of \(32,\); choose the --image-encoder"),
+    (lambda state: [state.update({f"backbone.{key}": state.pop(key)}) for key in list(state)],
+     "the names must be those of the package efficientnet_pytorch"),
+])
+def test_weights_that_do_not_fit_are_refused_with_the_reason(change, reason, tmp_path):
+    """The message names what is missing, unknown or of another shape; nothing is loaded."""
+    state = backbone_state()
+    change(state)
+    torch.save(state, tmp_path / "weights.pth")
+    encoder = make_encoder()
+    before = [value.clone() for value in encoder.state_dict().values()]
+    with pytest.raises(UserError, match=f"(?s)does not hold the weights.*{reason}"):
+        encoder.load_weights(str(tmp_path / "weights.pth"))
+    assert all(map(torch.equal, encoder.state_dict().values(), before))

@@ -632,8 +632,8 @@ def test_tokenizer_equals_python(browser: Browser) -> None:
     texts = ["", "  ", "A man's T-shirt .", "snake_case __proto__", "ΟΔΥΣΣΕΥΣ ΣΑΣ Σ", "İstanbul",
              "ﬁne ① ½ ² Ⅻ", "naïve e\u0301", "犬と猫", "שלום, עולם!", "हिन्दी", "एक लड़का और लड़की",
              "מְנַקֵּד", "السَّلَام", "একটি মেয়ে", "ஒரு சிறுவன்", "ไก่ย่าง",
-             "カ\u3099コーヒー・犬が々〇𠮷",
-             "한국어 개", "क्\u200dष", "3\ufe0f\u20e3", "葛\U000e0100", "a犬\u0301b\u0301", "a\u200db", "👩‍👩‍👧",
+             "カ\u3099コーヒー・犬が々〇𠮷", "한국어 개", "क्\u200dष", "3\ufe0f\u20e3",
+             "葛\U000e0100", "a犬\u0301b\u0301", "a\u200db", "👩‍👩‍👧",
              "x\x00y", "Straße ẞ", "ǅ Ǆ", "１２３ ４.５", "don’t", "a\u00ada", "\u202eabc", "ﷺ"]
     # Only characters that the Unicode version of this Python has assigned.
     assigned = [chr(code) for code in range(sys.maxunicode + 1)

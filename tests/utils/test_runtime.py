@@ -59,6 +59,27 @@ def test_unavailable_devices_are_refused(name):
     assert f"--device {name}" in str(caught.value)
 
 
+def test_fewer_gpus_than_processes_are_refused(monkeypatch):
+    """Processes that would share a GPU are an error that names both numbers."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda"):
+        with pytest.raises(UserError, match="2 processes, 1 GPU.*--device cpu"):
+            pick_device(name)
+    with pytest.raises(UserError, match="cuda:0 is one GPU for 2 processes"):
+        pick_device("cuda:0")
+
+
+def test_mps_without_embedding_bag_is_refused(monkeypatch):
+    """The message for a torch that cannot train on MPS names the version that can."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1"))
+    with pytest.raises(UserError, match="torch 2.9.1 has no embedding_bag.*2.10.*--device cpu"):
+        pick_device("auto")
+
+
 def test_autocast_does_nothing_in_float32():
     """In float32 a product under autocast is the product without it."""
     assert compute_dtype(CPU, "float32") == torch.float32
