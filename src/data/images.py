@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shri
 # Pillow warns of corrupt EXIF and the like, which does not matter for the pixels. Not with
 # catch_warnings: the decoding threads would race for the filters of the process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it also raises
 TRANSPOSE = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,

@@ -106,7 +106,8 @@ def make_library(n_groups: int, size: int) -> Library:
     thumbnails = rng.integers(0, 256, (n_groups, 48)).repeat(size, 0)
     thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
     paths = [f"/{i}" for i in range(len(rows))]
-    return Library(ImageIndex("x", paths, [], rows, {}, [""] * len(rows), thumbnails), paths, paths)
+    index = ImageIndex("x", paths, [], rows, {}, ["x"] * len(rows), thumbnails)
+    return Library(index, paths, paths)
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])
@@ -197,7 +198,7 @@ def test_several_folders_are_searched(
     assert len(answer["results"]) == 8
 
 
-@pytest.mark.parametrize("flag", ["--top", "--checkpoint", "--image", "--data-dir"])
+@pytest.mark.parametrize("flag", ["--top", "--checkpoint", "--image", "--index-dir"])
 def test_a_repeated_flag_is_an_error(
     flags: list[str], flag: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -318,30 +319,3 @@ def test_the_index_describes_itself(flags: list[str], images: Path) -> None:
     assert about["folder"] == str(images) and about["dim"] == "256"
     assert about["image_encoder"] == "efficientnet-b0" and about["image_size"] == "32"
     assert about["checkpoint_file"].endswith("flickr30k_clip_best.pth")
-
-
-def test_the_documented_code_runs(
-    results: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    """The code of docs/search.md embeds a text and searches the index like search.py."""
-    text = (ROOT / "docs" / "search.md").read_text()
-    with_faiss, with_words = (block.split("```")[0] for block in text.split("```python\n")[1:])
-    (tmp_path / "data" / "demo").mkdir(parents=True)
-    images.rename(tmp_path / "data" / "demo" / "images")
-    shutil.copytree(results, tmp_path / "results" / "demo")
-    monkeypatch.chdir(tmp_path)
-    (answer,) = ask(capsys, "a red circle", "--results-dir", "results/demo", "--device", "cpu",
-                    "--images", "data/demo/images")
-    found: dict = {}
-    exec(with_faiss.split("flat =")[0].replace("faiss, ", ""), found)
-    exec(with_words, found)
-    scores = found["embeddings"] @ found["text"]
-    assert [found["index"]["names"][row] for row in np.argsort(-scores)] == names(answer)
-    assert answer["results"][0]["score"] == pytest.approx(scores.max(), abs=1e-6)
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        return
-    exec(with_faiss, {})
-    assert capsys.readouterr().out.count(".png") == 5
