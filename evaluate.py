@@ -4,7 +4,7 @@
     python evaluate.py --split test --checkpoint my_checkpoint.pth
     python evaluate.py --mistakes mistakes.png    # draw the worst mistakes
     python evaluate.py --demo
-    python evaluate.py --pretrained                     # the model that comes with the repository
+    python evaluate.py --pretrained               # the repository's model
     torchrun --nproc-per-node 2 evaluate.py
 
 Recall@K, median rank and mean rank, over the unique images of a split and all

@@ -2,10 +2,10 @@
 
     python main.py                     # Flickr30k in data/flickr30k, in seconds
     python main.py --strict            # decode every image too
-    python main.py --demo              # the synthetic dataset of train.py --demo
+    python main.py --demo              # the dataset of train.py --demo
 
-Reads the captions, looks for the image files, splits, tokenizes, and encodes one batch with an
-untrained model. Exit status 1 if something is wrong.
+Reads the captions, looks for the image files, splits, tokenizes, and encodes
+one batch with an untrained model. The exit status is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_split_arguments(parser)
     parser.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                        help="(default: %(default)s)")
+                        metavar="NAME", help="as for train.py (default: %(default)s)")
     parser.add_argument("--image-size", type=cli.positive_int, metavar="PIXELS",
                         help="height and width of the input images (default: 224, with --demo 64)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, metavar="N",
@@ -111,6 +111,9 @@ def check_data(source: DataSource) -> list[str]:
           f"           {len(groups):,} groups of byte-identical images are in train and elsewhere"
           + (f", such as {shorten(groups[0])}" if groups else ""))
     problems = []
+    if outside := find_outside(source):
+        problems.append(f"{len(outside):,} images are links to files outside the image folder, "
+                        f"such as {outside[0]}: --follow-links reads them")
     if read.rejected:
         problems.append(f"{len(read.rejected):,} caption rows were rejected")
     if source.missing:
@@ -149,15 +152,21 @@ def shorten(names: list[str]) -> str:
     return printable(" = ".join(names[:3])) + more
 
 
+def find_outside(source: DataSource) -> list[str]:
+    """Return the images that are links to files outside the folder, unless links are followed."""
+    names = [record.name for records in source.splits.values() for record in records]
+    return [] if source.follow_links else sorted(find_escaping_links(source.images, names))
+
+
 def check_images(source: DataSource, size: int) -> list[str]:
     """Decode every image, which takes about as long as the first start of train.py."""
     names = [record.name for records in source.splits.values() for record in records]
-    outside = find_escaping_links(source.images, names)
+    outside = set(find_outside(source))
 
     def problem_of(name: str) -> str:
         try:
             if name in outside:
-                return "a link that leads out of the folder"
+                return "a link to a file outside the image folder (--follow-links)"
             load_resized(source.images / name, size)
         except ValueError as error:
             return str(error)

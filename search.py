@@ -1,20 +1,21 @@
 """Find the photos that fit a text best, or that look like a photo.
 
     python search.py "two dogs running on the beach"
-    python search.py "a red car" --images ~/Pictures --pretrained      # without any training
-    python search.py "beach -people"                    # a minus sign subtracts a word
-    python search.py "a red car" --images ~/Pictures /mnt/photos --top 20 --explain
-    python search.py --image photo.jpg                  # similar photos, and captions that fit it
-    python search.py --queries queries.txt --json       # one query per line; - for standard input
-    python search.py "a red car" --sheet sheet.png      # draw the query and its best photos
-    python search.py --page album --images ~/Pictures   # write a web page that searches by itself
-    python search.py --serve                            # the same, on http://127.0.0.1:8000
+    python search.py "a red car" --images ~/Pictures --pretrained  # no training
+    python search.py "beach -people"               # minus subtracts a word
+    python search.py "a red car" --images ~/Pictures /mnt/photos --explain
+    python search.py --image photo.jpg             # similar photos, captions
+    python search.py --queries queries.txt --json  # "-" for standard input
+    python search.py "a red car" --sheet cars.png  # draw the best photos
+    python search.py --page album                  # write a web page
+    python search.py --serve                       # show it in a browser
     python search.py --list-indexes
-    torchrun --nproc-per-node 2 search.py "a red car"   # several processes embed new photos
+    torchrun --nproc-per-node 2 search.py "a car"  # embed in several processes
 
-The photos are embedded once, into an index in results/index; later calls embed only photos with new
-content. Without --images the photos of the training run are searched. Answers go to standard
-output, everything else to standard error. Exit status 1: some of the queries were not answered.
+The photos are embedded once, into an index in results/index; later calls embed
+only photos with new content. Without --images the photos of the training run
+are searched. Answers go to standard output, everything else to standard error.
+The exit status is 1 if some of the queries were not answered.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if not checkpoint.exists():
         raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
                         "name another checkpoint with --checkpoint")
-    table = load_words(args.index_dir or indexes, checkpoint, load)
+    table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
     queries, errors = embed_each(table, texts)
 
     # --- index ---------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"drawn: {args.sheet}", file=sys.stderr)
     if args.page or args.serve is not None:
         page = args.page or results.folder / "page"
-        write_page(page, table, library, captions)
+        write_page(page, table, library, captions, args.page_words)
         if args.serve is not None:
             from src.search.page_server import serve_page
 
@@ -132,13 +133,16 @@ def make_parser() -> argparse.ArgumentParser:
                         help="skip files and folders, such as '*.gif' or raw")
     photos.add_argument("--follow-links", action="store_true",
                         help="search linked folders and files outside the folder, too")
-    photos.add_argument("--annotations", type=Path, action="append", metavar="FILE",
+    photos.add_argument("--annotations", type=Path, nargs=1, action=cli.Repeatable, metavar="FILE",
                         help="captions of the photos, shown if known; may be repeated (default: "
                         "those of the training run)")
     cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
                         help="holds images/ and annotations/annotations.csv")
     cli.add_checkpoint_arguments(photos)
+    photos.add_argument("--word-vectors", type=Path, metavar="FILE",
+                        help="GloVe or other pretrained word vectors (text, .vec, .npz), which "
+                        "add words that were not in the training captions")
     photos.add_argument("--device", default="auto", help="(default: %(default)s)")
     index = parser.add_argument_group("index")
     index.add_argument("--index-dir", type=Path, metavar="DIR",
@@ -165,6 +169,9 @@ def make_parser() -> argparse.ArgumentParser:
                         help="draw the answers as a picture")
     output.add_argument("--page", type=Path, metavar="DIR",
                         help="write a web page that searches by itself")
+    output.add_argument("--page-words", type=cli.positive_int, default=20_000, metavar="N",
+                        help="words that the page knows, those of the captions first "
+                        "(default: %(default)s)")
     output.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT",
                         help="serve that page on 127.0.0.1 (default port: 8000; default folder: "
                         "RESULTS_DIR/page)")
@@ -291,15 +298,16 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
 
 
 def write_page(
-    folder: Path, table: WordTable, library: Library, captions: dict[str, tuple[str, ...]]
+    folder: Path, table: WordTable, library: Library, captions: dict[str, tuple[str, ...]],
+    max_words: int,
 ) -> None:
     """Write the web page of a library."""
     from src.search import page
 
     written = page.write_page(
         folder,
-        words=table.words,
-        word_embeddings=table.vectors,
+        words=table.words[:max_words],
+        word_embeddings=table.vectors[:max_words],
         names=library.names,
         image_embeddings=library.index.embeddings,
         captions=[list(captions.get(name, ())) for name in library.names],

@@ -1,22 +1,22 @@
-"""Train the dual encoder on images and captions; keep the epoch with the best validation recall.
+"""Train the dual encoder, and keep the epoch with the best validation recall.
 
-    python train.py                    # Flickr30k in data/flickr30k, the baseline recipe
+    python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
-    python train.py --demo             # a small synthetic dataset, about a minute on two CPU cores
+    python train.py --demo             # a synthetic dataset, about a minute
     python train.py --max-images 2000 --weights none
-    python train.py --resume           # continue the run where it stopped, even within an epoch
-    python train.py --resume auto      # the same if there is a run, else start one
+    python train.py --resume           # continue a run, even within an epoch
+    python train.py --resume auto      # continue a run, or start one
     torchrun --nproc-per-node 2 train.py
 
-Written below results/: models/flickr30k_clip_best.pth (model_state, vocab, config, metrics),
-models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per epoch), args.json,
-curves.png, examples.png (validation captions with their top five images) and rejected.csv.
+Written to results/: models/flickr30k_clip_best.pth (model_state, vocab, config,
+metrics), models/flickr30k_clip_last.pth (for --resume), log.jsonl (one line per
+epoch), args.json, curves.png, examples.png (validation captions with their top
+five images) and rejected.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -29,13 +29,12 @@ from src import cli
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device, count_batches
 from src.data.prepare import prepare_datasets
-from src.data.source import scan_dataset
+from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import plot_examples
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
-from src.models.image_encoder import ImageEncoder
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
 from src.training.engine import check_batch_size, train_one_epoch
@@ -44,7 +43,7 @@ from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
 from src.utils.errors import UserError, run_script
-from src.utils.files import only_writer, write_atomic
+from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
 
@@ -64,8 +63,6 @@ def main(argv: list[str] | None = None) -> int:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
-        if not resumed:  # weights that do not fit are refused before any image is decoded
-            ImageEncoder(args.image_encoder, args.image_size).load_weights(args.weights)
         with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
     if is_main and status == 0:
@@ -73,58 +70,57 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def train(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
-    resumed: Checkpoint | None,
-) -> tuple[int, Flickr30kDataset]:
+def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
+          resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
-    # --- data ----------------------------------------------------------------------------------
-    train_set, val_set, tokenizer = load_data(args, data, results)
+    # --- captions ------------------------------------------------------------------------------
+    source, tokenizer = load_captions(args)
+
+    # --- model ---------------------------------------------------------------------------------
+    # Before the images are decoded, which can take minutes: weights that do not fit are refused.
+    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
+    if args.compile:
+        model.image_encoder.compile_training()
+    print(f"model: {model.summary()}, on {device}")
+
+    # --- images --------------------------------------------------------------------------------
+    train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     check_batch_size(
         min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
         batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
 
-    # --- model ---------------------------------------------------------------------------------
-    model = resumed.model if resumed else build_model(args, tokenizer)
-    model.to(device)
-    if args.compile:
-        model.image_encoder.compile_training()
-    print(f"model: {model.summary()}, on {device}")
-
     # --- optimizer -----------------------------------------------------------------------------
     dtype = runtime.compute_dtype(device, args.precision)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     scaler = runtime.grad_scaler(device, dtype)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
             data=run_state.data_digests(train=train_set, validation=val_set),
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
-        start_run(run, resumed)
+        run.start(resumed)
         # A function of the step, built after the steps of a resumed run are known.
         scheduler = build_schedule(
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
         # --- loop ------------------------------------------------------------------------------
-        features = pixels = None
+        features = pixels = splits = [train_set, val_set]
         if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
-            features = [
-                split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                if len(split) else split for split in (train_set, val_set)]
+            features = [split.with_images(
+                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+            pixels = [cache_on_device(split, device) for split in splits]
         print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
-                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size,
-                freeze_batchnorm=args.freeze_batchnorm, progress=run.progress,
-                after_step=run.after_step)
+                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
+                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             run.save()  # a run that is killed during validation continues with the validation
@@ -165,24 +161,32 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     return args, resumed
 
 
-def load_data(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths
-) -> tuple[Flickr30kDataset, Flickr30kDataset, Tokenizer]:
-    """Return the training and validation splits, and a tokenizer of the training captions.
+def load_captions(args: argparse.Namespace) -> tuple[DataSource, Tokenizer]:
+    """Read and split the captions; return them and a tokenizer of the training captions.
 
     Raises:
-        UserError: a split has fewer than two images, or see `scan_dataset`, `prepare_datasets`.
+        UserError: there are no validation images, or see `scan_dataset`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
-    splits = [source.splits["train"], source.splits["val"]]
-    # Only from training captions: a vocabulary of all captions would leak the validation words.
-    captions = [caption for record in splits[0] for caption in record.captions]
-    tokenizer = Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+    # A vocabulary of all captions would leak the words of the validation captions.
+    captions = [caption for record in source.splits["train"] for caption in record.captions]
+    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+
+
+def load_images(
+    args: argparse.Namespace, source: DataSource, tokenizer: Tokenizer, data: DataPaths,
+    results: ResultPaths,
+) -> list[Flickr30kDataset]:
+    """Decode the images; return the training and the validation split.
+
+    Raises:
+        UserError: a split has fewer than two images, or see `prepare_datasets`.
+    """
     datasets = prepare_datasets(
-        source, splits, tokenizer, args.image_size, cache=data.cache,
-        rejected=results.folder / "rejected.csv", strict=args.strict)
+        source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
+        cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "validation"), datasets, strict=True):
         print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
         if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
@@ -190,8 +194,7 @@ def load_data(
                     else "split them otherwise with --val-fraction")
             raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
                             f"2: add images, or {cure}")
-    train_set, val_set = datasets
-    return train_set, val_set, tokenizer
+    return datasets
 
 
 def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
@@ -205,18 +208,6 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     ))
     model.image_encoder.load_weights(args.weights)
     return model
-
-
-def start_run(run: run_state.RunState, resumed: Checkpoint | None) -> None:
-    """Restore a resumed run, or prepare the results folder for a new one."""
-    if resumed:
-        run.restore(resumed.content, run.results.last)
-        step = f" and {run.progress.step} steps" if run.progress else ""
-        print(f"resumed after epoch {len(run.log)}{step}")
-    if distributed.rank() == 0:
-        if not resumed:
-            run.results.archive_last_run()
-        write_atomic(run.results.folder / "args.json", json.dumps(run.flags, indent=2).encode())
 
 
 def report_stop(
@@ -233,9 +224,7 @@ def report_stop(
     return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
 
 
-def report_best(
-    results: ResultPaths, val_set: Flickr30kDataset, device: torch.device
-) -> None:
+def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
     """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
     model, _, best = load_checkpoint(results.best)
     if not len(val_set):

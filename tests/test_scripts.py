@@ -897,19 +897,19 @@ def check(tiny_data):
 
     def run_main(*flags: str) -> int:
         return main_script.main(["--images", str(images), "--annotations", str(annotations),
-                                 "--val-fraction", "0.25", "--image-size", "32",
-                                 "--batch-size", "8", *flags])
+                                 "--image-size", "32", "--batch-size", "8", *flags])
     return run_main
 
 
 def test_sanity_check_of_good_data(check, capsys):
     """The exit status is 0, and the report has a line for each check."""
-    assert check() == 0
+    assert check("--val-fraction", "0.25") == 0
     out = capsys.readouterr().out
-    for part in ("60 rows in the format of results.csv: 0 fixed, 0 rejected",
+    for part in ("60 rows, table with |", "0 fixed, 0 rejected",
                  "12 with captions (12 with 5); 0 missing, 0 files unused",
                  "by image, from seed and file names: train 9, val 3",
-                 "0 byte-identical photos", "% are cut to 32", "words from train captions",
+                 "0 groups of byte-identical images", "% are cut to 32",
+                 "words of the training captions",
                  "images (8, 3, 32, 32), tokens (8, 32) -> embeddings (8, 256), (8, 256)",
                  "ln(8) = 2.079", "all is well"):
         assert part in out
@@ -926,29 +926,30 @@ def test_untrained_loss_is_near_ln_batch(check, capsys, seed):
 def break_data(kind: str, images: Path, annotations: Path) -> str:
     """Damage good data, and return the message that main.py should print."""
     names = sorted(path.name for path in images.iterdir())
-    if kind == "photo missing":
+    if kind == "image missing":
         (images / names[3]).unlink()
-        return "1 photos are missing from"
+        return "1 images are missing from"
     if kind == "row rejected":
         with open(annotations, "a") as file:
-            file.write("this is no row\n")
+            file.write("not a row\n")
         return "1 caption rows were rejected"
-    if kind == "photo unreadable":
+    if kind == "image unreadable":
         for name in names:
-            (images / name).write_bytes(b"not a photo")
+            (images / name).write_bytes(b"not an image")
         return "1000.png cannot be read"
     rows = annotations.read_text().splitlines()[1:]
     if kind == "no words":
         annotations.write_text("".join(f"{row.rsplit('|', 1)[0]}| ...\n" for row in rows))
         return "the vocabulary has no words"
-    split = {"only train": "train", "only test": "test"}[kind]
-    photos = [{"filename": name, "split": split, "sentences": [{"raw": "A dog runs ."}]}
-              for name in names]
-    annotations.write_text(json.dumps({"images": photos}))
-    return "there are no val photos"
+    split = kind.removeprefix("only ")
+    entries = [{"filename": name, "split": split, "sentences": [{"raw": "A dog runs ."}]}
+               for name in names]
+    annotations.write_text(json.dumps({"images": entries}))
+    return ("there are no training images" if split == "test" else
+            "the split of the caption file has no validation images (train 12, val 0, test 0)")
 
 
-@pytest.mark.parametrize("kind", ["photo missing", "row rejected", "photo unreadable", "no words",
+@pytest.mark.parametrize("kind", ["image missing", "row rejected", "image unreadable", "no words",
                                   "only train", "only test"])
 def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
     """The exit status is 1, and the problem is listed at the end of the report."""
@@ -959,19 +960,20 @@ def test_sanity_check_of_bad_data(check, tiny_data, capsys, kind):
     assert complaint in out.split("\nwrong:\n")[1]
 
 
-def test_photos_on_both_sides_are_counted(check, tiny_data, capsys):
-    """A validation image with the bytes of a training image is listed, one of its size is not."""
-    photos = sorted(tiny_data[0].glob("*.png"))
-    longest = max(path.stat().st_size for path in photos)
-    for path in photos:
+def test_identical_images_in_two_splits_are_counted(check, tiny_data, capsys):
+    """A group of images with the same bytes in two splits is shortened to three names; images with
+    only the same size are none."""
+    images = sorted(tiny_data[0].glob("*.png"))
+    longest = max(path.stat().st_size for path in images)
+    for path in images:
         path.write_bytes(path.read_bytes().ljust(longest, b"\0"))
-    check()
-    assert "0 byte-identical photos" in capsys.readouterr().out
-    for path in photos:
-        path.write_bytes(photos[0].read_bytes())
-    check()
-    assert "1 byte-identical photos stand on both sides: 1000.png = 1002.png" in \
-        capsys.readouterr().out
+    check("--val-fraction", "0.25")
+    assert "0 groups of byte-identical images" in capsys.readouterr().out
+    for path in images:
+        path.write_bytes(images[0].read_bytes())
+    check("--val-fraction", "0.25")
+    assert "1 groups of byte-identical images are in train and elsewhere, such as 1000.png = " \
+        "1002.png = 1004.png and 3 more\n" in capsys.readouterr().out
 
 
 # train_image_only.py
@@ -1033,9 +1035,14 @@ def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
                                     "train_image_only.py"])
 def test_help_can_be_printed(monkeypatch, capsys, script):
-    """--help prints all help texts, in which argparse formats percent signs."""
-    status, error = run_program(monkeypatch, capsys, script, "--help")
-    assert (status, error) == (0, "")
+    """--help prints all help texts, in which argparse formats percent signs, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+    out, error = capsys.readouterr()
+    assert (caught.value.code, error) == (0, "")
+    assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
 def test_exit_status_of_a_program(capsys):

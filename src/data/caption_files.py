@@ -37,7 +37,7 @@ LAYOUTS = {  # shown where a file is none of them
     '{"images": [...], "annotations": [{"image_id", "caption"}]}': "COCO",
     '[{"image", "caption"}]': "JSON, or an object a line",
 }
-# Column names in lower case without blanks and underscores; of several the first is taken.
+# As `_key` returns them; of several the first is taken.
 IMAGE_COLUMNS = (
     "imagename", "filename", "image", "imagepath", "imagefile", "imagefilename", "imgname",
     "imgpath", "img", "imgfile", "filepath", "path", "photo", "photoname", "file", "name",
@@ -161,6 +161,8 @@ def decode(content: bytes) -> str:
             raise ValueError(f"has more than {MAX_BYTES:,} bytes when decompressed")
     if content.startswith(b"PK\x03\x04"):
         raise ValueError("is a zip archive or an Excel table: unpack it, or save it as CSV")
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError("is a Git LFS pointer instead of the file: run git lfs pull")
     encoding = "utf-8-sig"
     zeros = [content[start:1000:2].count(0) * 2000 // min(len(content) + 1, 1000)
              for start in (0, 1)]  # in 1,000 bytes of ASCII as UTF-16, every second one is 0
@@ -201,6 +203,13 @@ def _find_columns(lines: list[str], choose: Choose) -> tuple[str, list[str], Col
         if columns and len(names) > 1:
             return delimiter, names, columns, True
 
+    for delimiter in DELIMITERS:
+        names = _split(sample[0], delimiter)
+        if len(names) > 1 and not _image_cells(names, delimiter) and any(
+                _key(name) in IMAGE_COLUMNS or _is_caption(_key(name)) for name in names):
+            raise ValueError(_ask_for_columns("has a header that leaves a choice", names,
+                                              _split((sample + [""])[1], delimiter)))
+
     # No known header. Which delimiter separates image names from other cells?
     tables = {}
     for delimiter in DELIMITERS + " ":
@@ -238,11 +247,16 @@ def _image_cells(cells: list[str], delimiter: str) -> bool:
 
 def _ask_for_columns(reason: str, names: list[str], cells: list[Any]) -> str:
     """Return a message that shows the columns with a row of each and the flags to choose them."""
-    shown = "\n".join(f"  {name.strip() or '(no name)'}: {str(cell).strip()[:60]!r}"
-                      for name, cell in zip(names, cells, strict=False))
-    image, *others = [name.strip() for name in names] + ["NAME"]
+    names, texts = [name.strip() for name in names], [str(cell).strip() for cell in cells]
+    columns = list(zip(names, texts, strict=False))
+    keys = [_key(name) for name in names]
+    image = next((name for name, key in zip(names, keys, strict=True) if key in IMAGE_COLUMNS),
+                 next((name for name, text in columns if IMAGE_NAME.fullmatch(text)), names[0]))
+    others = [(_is_caption(_key(name)), len(text), name) for name, text in columns if name != image]
+    caption = max(others)[2] if others else "NAME"
+    shown = "\n".join(f"  {name or '(no name)'}: {text[:60]!r}" for name, text in columns)
     return (f"{reason}: which columns are the image names and the captions?\n{shown}\n"
-            f"  name them, as in --image-column {image!r} --caption-column {others[0]!r}")
+            f"  name them, as in --image-column {image!r} --caption-column {caption!r}")
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -376,7 +390,7 @@ def _distinct(names: list[str]) -> list[str]:
 def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iterator[FileRow]]:
     """Return the layout, the field names, the chosen fields and the items of JSON."""
     try:
-        layout, items = _json_items(json.loads(text))
+        layout, items = _json_items(json.loads(text, strict=False))
     except (ValueError, RecursionError) as error:
         lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1)
                  if line.strip()]
@@ -387,9 +401,9 @@ def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iter
 
 
 def _parse_json(text: str) -> Any:
-    """Return the value of JSON text; None where it is not JSON."""
+    """Return the value of JSON text, also with line ends in strings; None where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -405,6 +419,9 @@ def _json_items(data: Any) -> tuple[str, list[tuple[str, Any]]]:
 
     if isinstance(data, list):
         return "JSON list", places("item", data)
+    keys = [_key(name) for name in data] if isinstance(data, dict) else []
+    if any(key in IMAGE_COLUMNS for key in keys) and any(map(_is_caption, keys)):
+        return "JSON object", places("item", [data])  # JSON lines of one line
     images, annotations = (data.get(key) if isinstance(data, dict) else None
                            for key in ("images", "annotations"))
     if isinstance(images, list) and isinstance(annotations, list):
@@ -503,7 +520,7 @@ def choose_columns(
         None where a column that is asked for is missing, or no name is that of an image or a
         caption column.
     """
-    keys = [re.sub(r"[\W_]", "", name).casefold() for name in names]
+    keys = [_key(name) for name in names]
 
     def given(name: str) -> int | None:
         return next((i for i, other in enumerate(names) if other.strip() == name.strip()), None)
@@ -514,8 +531,7 @@ def choose_columns(
         image = next((keys.index(key) for key in IMAGE_COLUMNS if key in keys), None)
     captions: list[int | None] = [given(name) for name in caption_columns]
     for stem in CAPTION_COLUMNS if not caption_columns else ():
-        numbered = re.compile(rf"{stem}s?\d*")
-        captions = [i for i, key in enumerate(keys) if numbered.fullmatch(key) and i != image]
+        captions = [i for i, key in enumerate(keys) if _is_caption(key, stem) and i != image]
         if captions:
             break
     split = given(split_column or "split")
@@ -525,6 +541,16 @@ def choose_columns(
         return None
     folder = keys.index("filepath") if keys[image] == "filename" and "filepath" in keys else None
     return Columns(image, captions, split, folder)
+
+
+def _key(name: str) -> str:
+    """Return a column name in lower case without blanks and underscores."""
+    return re.sub(r"[\W_]", "", name).casefold()
+
+
+def _is_caption(key: str, stems: str = "|".join(CAPTION_COLUMNS)) -> bool:
+    """Return whether `key` is one of the known names of captions, maybe with an s or a number."""
+    return bool(re.fullmatch(rf"(?:{stems})s?\d*", key))
 
 
 # --- captions --------------------------------------------------------------------------------
@@ -600,9 +626,13 @@ def _parse_list(text: str) -> list | None:
         return None
     values = _parse_json(text)
     if values is None and STRING_LIST.fullmatch(text):
+        strings = [string.replace("\n", "\\n") for string in re.findall(STRING, text, re.DOTALL)]
         with warnings.catch_warnings():  # of escapes such as \d, which are read as they are
             warnings.simplefilter("ignore")
-            values = [ast.literal_eval(string) for string in re.findall(STRING, text, re.DOTALL)]
+            try:
+                values = list(map(ast.literal_eval, strings))
+            except (SyntaxError, ValueError):  # an incomplete escape such as \x
+                return None
     return values if isinstance(values, list) and values else None
 
 

@@ -43,10 +43,16 @@ def prepare_datasets(
         strict: raise if something had to be left out.
 
     Raises:
-        UserError: `strict` and something was left out, or the pixels cannot be written.
+        UserError: `strict` and something was left out, no image can be read, or the pixels cannot
+            be written.
     """
     names = [record.name for records in splits for record in records]
-    store = PixelStore.build(cache, source.images, names, store_size(image_size))
+    store = PixelStore.build(cache, source.images, names, store_size(image_size),
+                             follow_links=source.follow_links)
+    if store.failed and not store.rows:
+        name, reason = next(iter(store.failed.items()))
+        raise UserError(printable(
+            f"none of the {len(store.failed):,} images can be read; the first, {name}: {reason}"))
     datasets = [Flickr30kDataset(records, store, tokenizer) for records in splits]
     if rank() == 0:
         print(write_rejected(rejected, source, store, *datasets))

@@ -31,6 +31,7 @@ class DataSource:
         missing: images that have captions but no file.
         unused: image files without a caption.
         unlisted: images that are in none of the split files, and so in no split.
+        follow_links: whether images may be links to files outside the folder.
     """
 
     images: Path
@@ -39,6 +40,7 @@ class DataSource:
     missing: list[DataIssue]
     unused: list[str]
     unlisted: list[DataIssue] = field(default_factory=list)
+    follow_links: bool = False
 
     def explain_no_validation(self) -> str:
         """Return why no image validates, and what to do; '' if one does."""
@@ -54,7 +56,7 @@ def scan_dataset(
     images: Path, annotations: Path | Sequence[Path], val_fraction: float | None = None,
     seed: int = 0, max_images: int | None = None, *, image_column: str | None = None,
     caption_columns: Sequence[str] = (), split_column: str | None = None,
-    split_files: Sequence[Path] = (),
+    split_files: Sequence[Path] = (), follow_links: bool = False,
 ) -> DataSource:
     """Read the captions, look up the image files, and split by image.
 
@@ -69,6 +71,7 @@ def scan_dataset(
         max_images: see `limit_images`; None for all images.
         image_column, caption_columns, split_column: see `read_annotations`.
         split_files: see `apply_split_files`; they replace the split of the caption files.
+        follow_links: see `PixelStore.build`.
 
     Raises:
         UserError: one of the paths does not exist, or no image of the caption files is in `images`.
@@ -105,7 +108,8 @@ def scan_dataset(
     }
     if max_images is not None:
         splits = limit_images(splits, max_images, seed)
-    return DataSource(images, read, splits, missing, sorted(present - names), unlisted)
+    return DataSource(images, read, splits, missing, sorted(present - names), unlisted,
+                      follow_links)
 
 
 def _find_files(images: Path, names: Iterable[str]) -> set[str]:

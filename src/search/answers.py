@@ -39,8 +39,8 @@ class Library:
     def join(cls, folders: Sequence[Path], indexes: Sequence[ImageIndex]) -> Library:
         """Return the library of some folders and their indexes."""
         names = [name for index in indexes for name in index.names]
-        paths = [os.path.join(folder, name) for folder, index in
-                 zip(folders, indexes, strict=True) for name in index.names]
+        paths = [f"{folder}{os.sep}{name}" for folder, index in
+                 zip(map(str, folders), indexes, strict=True) for name in index.names]
         if len(indexes) == 1:
             return cls(indexes[0], paths, names)
         return cls(ImageIndex(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.models.tokenizer import PAD, UNK, Tokenizer, split_words
+from src.models.word_vectors import expand_vocabulary, load_word_vectors
 from src.search.matrix import load_matrix, save_matrix
 from src.utils.errors import UserError, printable
 from src.utils.files import exclusive_lock, fingerprint
@@ -68,7 +69,8 @@ class WordTable:
 
 
 def load_words(
-    folder: Path, checkpoint: Path, load: Callable[[], tuple[DualEncoder, Tokenizer, dict]]
+    folder: Path, checkpoint: Path, load: Callable[[], tuple[DualEncoder, Tokenizer, dict]],
+    word_vectors: Path | None = None,
 ) -> WordTable:
     """Return the word table of a checkpoint: the one stored in `folder`, or a new one.
 
@@ -76,16 +78,23 @@ def load_words(
         folder: where the table is stored, for one checkpoint at a time.
         checkpoint: the checkpoint file.
         load: returns what `load_checkpoint` does; called only for a new table.
+        word_vectors: pretrained vectors that add words, see `src.models.word_vectors`.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the table cannot be written.
+        UserError: the checkpoint or the vectors cannot be read, or the table cannot be written.
     """
     key = fingerprint(checkpoint)
+    vectors_key = ""
+    if word_vectors:
+        if not word_vectors.is_file():
+            raise UserError(f"there is no file {word_vectors}")
+        status = word_vectors.stat()  # GloVe has gigabytes: reading it would be slow
+        vectors_key = f"{word_vectors.resolve()} {status.st_size} {status.st_mtime_ns}"
 
     def stored() -> WordTable | None:
         try:
             content, vectors = load_matrix(folder, "words")
-            if content["checkpoint"] == key:
+            if (content["checkpoint"], content.get("word_vectors", "")) == (key, vectors_key):
                 return WordTable(key, content["words"], content["args"], vectors)
         except FileNotFoundError:
             pass
@@ -101,10 +110,14 @@ def load_words(
                 model, tokenizer, content = load()
                 args = {name: value for name, value in content.get("args", {}).items()
                         if isinstance(value, str | int | float | list | None)}  # what JSON holds
-                table = WordTable(key, tokenizer.words, args,
-                                  model.word_embeddings().cpu().numpy())
+                words, vectors = tokenizer.words, model.word_embeddings().cpu().numpy()
+                if word_vectors:
+                    words, vectors = expand_vocabulary(
+                        words, vectors, *load_word_vectors(word_vectors, set(words)))
+                table = WordTable(key, words, args, vectors)
                 save_matrix(folder, "words", {
-                    "checkpoint": key, "words": table.words, "args": table.args}, table.vectors)
+                    "checkpoint": key, "word_vectors": vectors_key, "words": table.words,
+                    "args": table.args}, table.vectors)
             return table
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (table := stored()):

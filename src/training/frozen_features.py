@@ -47,6 +47,8 @@ def frozen_features(
         UserError: the folder cannot be written.
     """
     encoder.eval()
+    if not dataset.records:  # training without validation
+        return torch.zeros(0, encoder.feature_dim)
     path = folder / f"features_{_key(encoder, dataset, dtype)}.npy"
     partial = path.with_suffix(".part.npy")
     try:

@@ -90,6 +90,22 @@ class RunState:
         finished = self.log[-1]["steps"] if self.log else 0
         return finished + (self.progress.step if self.progress else 0)
 
+    def start(self, resumed: Checkpoint | None) -> None:
+        """Restore a resumed run, or prepare the results folder for a new one.
+
+        Raises:
+            UserError: see `restore`.
+        """
+        if resumed:
+            self.restore(resumed.content, self.results.last)
+            step = f" and {self.progress.step} steps" if self.progress else ""
+            print(f"resumed after epoch {len(self.log)}{step}")
+        if rank() == 0:
+            if not resumed:
+                self.results.archive_last_run()
+            write_atomic(self.results.folder / "args.json",
+                         json.dumps(self.flags, indent=2).encode())
+
     def after_step(self, progress: Progress) -> bool:
         """Update the average of the weights; save if it is time or the run is asked to stop.
 

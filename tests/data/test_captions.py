@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from src.data.caption_files import CAPTION_COLUMNS, IMAGE_COLUMNS
 from src.data.captions import Annotations, ImageRecord, read_annotations
 from src.utils.errors import UserError
 from tests.stress.fuzz_captions import check_file
@@ -291,13 +292,17 @@ def test_columns_are_found_by_their_names(
     "a.jpg,a red dog,0\na.jpg,\"a dog, too\",0\nb.jpg,two boats,1\n",
     "foto,alt,n\na.jpg,a red dog,0\na.jpg,\"a dog, too\",0\nb.jpg,two boats,1\n",
     '[{"foto": "a.jpg", "alt": "a red dog"}]',
+    "\ufeffimage_name,english_caption,french_caption\na.jpg,a red dog,un chien\n",
+    "id,mood,caption\na.jpg,3,a red dog\nb.jpg,4,two boats\n",
 ])
 def test_columns_of_unknown_names_are_shown(tmp_path: Path, content: str) -> None:
     """The refusal shows each column with a value, and the flags; with these the file is read."""
     with pytest.raises(UserError) as raised:
         read(tmp_path, content)
     message = str(raised.value)
-    image, caption = ("foto", "alt") if "foto" in content else ("1", "2")
+    image, caption = next((pair for pair in (
+        ("foto", "alt"), ("image_name", "english_caption"), ("id", "caption"))
+        if pair[0] in content), ("1", "2"))
     assert f"{image}: 'a.jpg'" in message and f"{caption}: 'a red dog'" in message
     assert f"--image-column {image!r} --caption-column {caption!r}" in message
     found = read(tmp_path, content, image_column=image, caption_columns=[caption])
@@ -448,6 +453,19 @@ def test_a_bad_row_of_a_table_is_rejected_alone(tmp_path: Path, row: str, place:
     assert found.rows == 3
 
 
+@pytest.mark.parametrize(("cell", "captions"), [
+    ("['a dog', 'a\nb']", ("a dog", "a b")), ('["a dog", "a\nb"]', ("a dog", "a b")),
+    ("['a dog'\n 'it''s']", ("a dog", "it", "s")), (r"['\x']", ()), (r"['a \d']", (r"a \d",)),
+    ('["a", 3, null, ["b"]]', ("a",)), ("['a', b]", ()), ("[]", ()), ("[1", ()),
+])
+def test_lists_of_captions(tmp_path: Path, cell: str, captions: tuple[str, ...]) -> None:
+    """JSON, Python and NumPy; what is not text, or not a list, is rejected."""
+    rows = [["filename", "raw"], *[[f"{i}.jpg", "['a']"] for i in range(4)], ["x.jpg", cell]]
+    found = read(tmp_path, written(rows))
+    assert [r.captions for r in found.records if r.name == "x.jpg"] == [captions] * bool(captions)
+    assert len(found.rejected) == (3 if "null" in cell else not captions)
+
+
 @pytest.mark.parametrize("write", [pipes, token, commas, hugging_face, karpathy])
 def test_very_long_captions_are_read(tmp_path: Path, write: Callable[[Captions], str]) -> None:
     """Ten thousand words a caption are more than a CSV reader takes by default."""
@@ -516,6 +534,7 @@ def test_one_image_has_one_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [
     b"one line of prose", b"\x00\x01\x02", b"a,b,c\n1,2,3", b"%PDF-1.7\n\xff\xfe\x00",
     b"\xff\xd8\xff\xe0\x00\x10JFIF", b"PK\x03\x04\x00", b"\x1f\x8b\x00",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
 ])
 def test_files_of_other_kinds_are_refused(tmp_path: Path, content: bytes) -> None:
     """Not a caption file: one error that names the file."""
@@ -576,6 +595,33 @@ def test_no_row_of_any_file_is_lost(
             content[place : place + len(text)] = bytes([byte]) if what == "byte" else b""
     (tmp_path / "captions").write_bytes(content)
     check_file(tmp_path / "captions")
+
+
+# --- documentation ---------------------------------------------------------------------------
+
+
+DOCUMENTED = re.findall(
+    r"\n\| (?!layout|-|parquet)([^|]+?) \| (`.*`) \|",
+    (ROOT / "docs" / "captions.md").read_text().split("## Columns")[0])
+
+
+@pytest.mark.parametrize(("layout", "example"), DOCUMENTED, ids=[name for name, _ in DOCUMENTED])
+def test_the_documented_layouts_are_read(tmp_path: Path, layout: str, example: str) -> None:
+    """Each example of docs/captions.md is the caption that it says, and nothing is rejected."""
+    text = example.strip("`").replace("`<br>`", "\n").replace("<tab>", "\t").replace("\\|", "|")
+    for content in [text, text.splitlines()[-1]][: 1 + ("also without header" in layout)]:
+        found = read(tmp_path, content)
+        assert found.records[0].name == "a.jpg" and found.rejected == []
+        assert found.records[0].captions[0] == "A dog runs ."
+
+
+def test_the_documentation_is_complete() -> None:
+    """docs/captions.md has every layout, and the names of all columns that are known."""
+    text = (ROOT / "docs" / "captions.md").read_text()
+    assert len(DOCUMENTED) == 17
+    names = {re.sub(r"[\W_]", "", word) for word in re.findall(r"[\w]+", text)}
+    assert set(CAPTION_COLUMNS) <= names
+    assert set(IMAGE_COLUMNS) - names <= {"imagefilename", "imgfile", "photoname"}
 
 
 # --- reported files --------------------------------------------------------------------------

@@ -238,13 +238,17 @@ def test_the_data_flags_of_training_are_the_defaults_of_evaluation(
     for name, numbers in lists.items():
         (tmp_path / name).write_text("\n".join(f"{i}.png" for i in numbers))
     assert train.main([
-        *data[:4], str(tmp_path / "more.csv"), *data[4:], *SMALL_MODEL, "--image-column", "foto",
+        *data, "--annotations", str(tmp_path / "more.csv"), *SMALL_MODEL, "--image-column", "foto",
         "--caption-column", "alt", "--split-files", *(str(tmp_path / name) for name in lists)]) == 0
     out = capsys.readouterr().out
     assert "train: 7 images" in out and "validation: 4 images" in out
     assert "1 images in no split file" in out
-    assert evaluate.main(["--results-dir", str(tmp_path / "results"), "--device", "cpu"]) == 0
+    results = ["--results-dir", str(tmp_path / "results"), "--device", "cpu"]
+    assert evaluate.main(results) == 0
     assert "val: 4 images, 4 captions" in capsys.readouterr().out
+    assert train.main(["--resume", *results, "--caption-column", "alt", "--epochs", "2"]) == 0
+    with pytest.raises(UserError, match="caption-column was .*alt.* is .*caption"):
+        train.main(["--resume", *results, "--caption-column", "caption"])
 
 
 @pytest.mark.parametrize(("caption", "flags_", "warning"), [

@@ -106,7 +106,8 @@ def make_library(n_groups: int, size: int) -> Library:
     thumbnails = rng.integers(0, 256, (n_groups, 48)).repeat(size, 0)
     thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
     paths = [f"/{i}" for i in range(len(rows))]
-    return Library(ImageIndex("x", paths, [], rows, {}, [""] * len(rows), thumbnails), paths, paths)
+    index = ImageIndex("x", paths, [], rows, {}, ["x"] * len(rows), thumbnails)
+    return Library(index, paths, paths)
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])

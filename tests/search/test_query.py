@@ -217,3 +217,23 @@ def test_a_word_table_that_cannot_be_written_is_an_error(tmp_path: Path, checkpo
     (tmp_path / "index").write_text("a file")
     with pytest.raises(UserError, match="--index-dir"):
         load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))
+
+
+def test_word_vectors_add_words_to_the_table(
+    tmp_path: Path, checkpoint: Path, table: WordTable
+) -> None:
+    """With --word-vectors the table holds new words after its own; without, its own again."""
+    rng = np.random.default_rng(0)
+    names = [*table.words[2:], "zebra", "unicorn"]
+    (tmp_path / "glove.txt").write_text("".join(
+        f"{name} {' '.join(map(str, rng.normal(size=3)))}\n" for name in names))
+    sizes = []
+    for vectors in (None, tmp_path / "glove.txt", tmp_path / "glove.txt", None):
+        found = load_words(
+            tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint), vectors)
+        np.testing.assert_array_equal(found.vectors[: len(table.words)], table.vectors)
+        sizes.append(len(found.words) - len(table.words))
+    assert sizes == [0, 2, 2, 0]
+    with pytest.raises(UserError, match="there is no file"):
+        load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint),
+                   tmp_path / "missing.txt")
