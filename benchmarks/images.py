@@ -83,7 +83,7 @@ def compare(folder: Path, decoders: dict, profile: Path) -> None:
             except Exception:  # each decoder has exceptions of its own
                 counts[f"not read by {decoder}"] += 1
         try:
-            own = np.asarray(load_image(folder / name, notes=[])).astype(int)
+            own = np.asarray(load_image(folder / name, notes=[])).astype(np.int16)
         except ValueError as error:
             counts["named as unreadable"] += 1
             if others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from src.models.loss import contrastive_loss
 from src.models.text_encoder import TextEncoder
 from src.training.engine import Progress, train_one_epoch
 from src.training.optim import build_optimizer, build_schedule
+from src.training.recipes import RECIPES
 from src.utils.errors import UserError
 from src.utils.runtime import grad_scaler, seed_all
 from tests.tiny_data import make_tiny_data
@@ -75,6 +76,17 @@ def test_a_seed_gives_the_same_run(data: Data) -> None:
     first, second = (build_model(row, train_set, n_words, seed) for seed in (1, 2))
     assert not torch.equal(first.image_projection.linear.weight,
                            second.image_projection.linear.weight)
+
+
+@pytest.mark.parametrize("row", [BASELINE, STRONG], ids=lambda row: row.name)
+def test_recipe_rows_have_the_values_of_the_recipes(row: Row) -> None:
+    """All settings that rows and recipes share are equal; a row has the epochs of the heads."""
+    recipe = dict(RECIPES[row.name])
+    recipe["epochs"] = recipe["head_epochs"] or recipe["epochs"]
+    # Frozen features are not flipped, and a moving average of so few steps changes nothing.
+    settings = {name: value for name, value in asdict(row).items()
+                if name in recipe and name not in ("flip", "ema_decay")}
+    assert settings == {name: recipe[name] for name in settings} and len(settings) > 10
 
 
 @pytest.mark.parametrize("base", [BASELINE, STRONG], ids=lambda row: row.name)

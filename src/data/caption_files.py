@@ -201,6 +201,11 @@ def _find_columns(lines: list[str], choose: Choose) -> tuple[str, list[str], Col
         names = _distinct([cell.strip() for cell in _split(sample[0], delimiter)])
         columns = choose(names)
         if columns and len(names) > 1:
+            counts = {len(_split(line, delimiter)) for line in sample[1:]}
+            # Delimiters within captions would give rows of different lengths.
+            if len(sample) > 2 and len(counts) == 1 and max(counts) > len(names):
+                raise ValueError(f"has {max(counts)} cells in every row below a header of "
+                                 f"{len(names)}: add the names that are missing")
             return delimiter, names, columns, True
 
     for delimiter in DELIMITERS:

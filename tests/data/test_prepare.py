@@ -293,20 +293,6 @@ def test_reported_files_in_main(
     assert message in out or message == "a.jpg" and "unknown: 0.00 % of train" in out
 
 
-def test_a_group_of_identical_images_is_short(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Of many byte-identical images three names are printed, and the number of the others."""
-    rows = [f"{i}.png,a dog number {i}" for i in range(60)]
-    data = write_dataset(tmp_path, rows, "image,caption", 60)
-    content = (tmp_path / "images" / "0.png").read_bytes()
-    for path in (tmp_path / "images").iterdir():
-        path.write_bytes(content)
-    main_script.main([*data, "--image-size", "32"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if "identical" in line)
-    assert line.endswith("such as 0.png = 1.png = 10.png and 57 more") and "1 groups" in line
-
-
 @pytest.mark.parametrize("name", other_files())
 def test_other_files_are_refused(odd: OddData, tmp_path: Path, name: str) -> None:
     """Not a caption file: one message that names it."""

@@ -319,3 +319,10 @@ def test_the_index_describes_itself(flags: list[str], images: Path) -> None:
     assert about["folder"] == str(images) and about["dim"] == "256"
     assert about["image_encoder"] == "efficientnet-b0" and about["image_size"] == "32"
     assert about["checkpoint_file"].endswith("flickr30k_clip_best.pth")
+
+
+def test_a_closed_standard_output_is_one_message(flags: list[str]) -> None:
+    """With >&- in a shell nothing can be printed, and there is no traceback."""
+    done = subprocess.run(["sh", "-c", '"$0" "$@" >&-', sys.executable, "search.py", "red", *flags],
+                          cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr.startswith("note: standard output is closed\n")
