@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         # --- device ----------------------------------------------------------------------------
         device = runtime.pick_device(args.device)
         runtime.choose_kernels(args.deterministic)
-        is_main = distributed.rank() == 0
+        is_main = distributed.rank() == 0  # the other ranks print nothing
         if is_main:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
         with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
-    if is_main and status == 0:
+    if is_main and status == 0:  # without the process group: one process embeds alone
         report_best(results, val_set, device)
     return status
 
@@ -107,8 +107,9 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
         # --- loop ------------------------------------------------------------------------------
-        features = pixels = splits = [train_set, val_set]
-        if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
+        # The first epochs train the heads on features that are computed once, the others on pixels.
+        splits, features, pixels = [train_set, val_set], [], []
+        if len(run.log) < frozen_epochs:
             features = [split.with_images(
                 frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
@@ -152,7 +153,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     if not args.resume or (args.resume == "auto" and not run_state.has_run(results)):
         return args, None
     resumed = run_state.load_run(results)
-    # The baseline has the values of flags that an earlier version did not have.
+    # Flags that the version of the run did not have yet get their baseline values.
     flags = {**RECIPES["baseline"], **run_state.rename_flags(resumed.content["args"])}
     # The folder of the run may have been moved since.
     parser.set_defaults(**{**flags, "results_dir": results.folder})

@@ -132,7 +132,7 @@ def test_pixels_on_the_device_are_the_pixels(dataset):
 
 def test_transforms_equal_the_cpu(dataset):
     """Crop, flip and normalization give the values of the CPU."""
-    pixels = dataset.pixels(np.arange(16))
+    pixels = dataset.take_images(np.arange(16))
     torch.manual_seed(0)
     crops = sample_crops(16, 4, flip=True)
     for transform in (lambda x: train_transform(x, SIZE, crops), lambda x: eval_transform(x, SIZE)):
@@ -165,7 +165,7 @@ def test_deterministic_runs_end_in_the_same_bits(tmp_path):
 def test_a_compiled_step_equals_the_eager_step(dataset):
     """With drop-connect too, torch.compile changes the features by rounding only."""
     results = []
-    images = eval_transform(dataset.pixels(np.arange(16)).to(CUDA), SIZE)
+    images = eval_transform(dataset.take_images(np.arange(16)).to(CUDA), SIZE)
     for compiled in (False, True):
         encoder = make_model(CUDA, drop_connect=0.2).image_encoder
         if compiled:

@@ -56,7 +56,7 @@ def test_features_are_the_encoders(tmp_path, count_passes):
     assert found.shape == (7, encoder.feature_dim) and found.dtype == torch.float32
     with torch.no_grad():
         for i in range(7):
-            own = encoder.eval()(eval_transform(dataset.pixels(np.array([i])), 32))
+            own = encoder.eval()(eval_transform(dataset.take_images(np.array([i])), 32))
             torch.testing.assert_close(found[i], own[0], rtol=1e-4, atol=1e-6)
 
 
