@@ -19,6 +19,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGENET_MEAN, IMAGENET_STD
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import UserError
+from src.utils.paths import PRETRAINED
 
 CAPTIONS = ["a dog runs", "a man 's red dog", "the sea", "", "no such words"]
 PLAIN = (torch.Tensor, dict, list, str, int, float, bool, type(None))
@@ -183,6 +184,17 @@ def test_compact_checkpoint(model, tokenizer, images, saved, tmp_path):
             expected = getattr(model, name)(inputs)
             torch.testing.assert_close(getattr(loaded, name)(inputs), expected, rtol=0, atol=0.01)
     assert not loaded.word_embeddings()[:2].any()  # <pad> and <unk> stay zero
+
+
+def test_the_pretrained_model_loads():
+    """The model that comes with the repository loads, is small and holds no path of a machine."""
+    loaded, tokenizer, content = load_checkpoint(PRETRAINED)
+    assert PRETRAINED.stat().st_size <= 12_000_000
+    assert content["args"] == {}
+    card = PRETRAINED.with_name("README.md").read_text(encoding="utf-8")
+    assert PRETRAINED.name in card and f"{len(tokenizer):,}" in card
+    dogs, dog, car = loaded.encode_text(tokenizer.encode(["two dogs", "a dog", "a car"]))
+    assert dogs @ dog > dogs @ car
 
 
 @pytest.fixture
