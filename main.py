@@ -92,7 +92,7 @@ def captions_of(records: list[ImageRecord]) -> list[str]:
 def check_data(source: DataSource) -> list[str]:
     """Print the numbers of rows, images, splits and duplicates. Returns what is wrong."""
     read = source.annotations
-    print(f"captions   {read.rows:,} rows, {read.format}\n"
+    print(f"captions   {read.rows:,} rows, {printable(read.format)}\n"
           f"           {len(read.fixed):,} fixed, {len(read.rejected):,} rejected, "
           f"{len(read.repeated):,} repeated")
     per_image = Counter(len(record.captions) for record in read.records)

@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="skip files and folders, such as '*.gif' or raw")
     photos.add_argument("--follow-links", action="store_true",
                         help="search linked folders and files outside the folder, too")
-    photos.add_argument("--annotations", type=Path, action="append", metavar="FILE",
+    photos.add_argument("--annotations", type=Path, nargs=1, action=cli.Repeatable, metavar="FILE",
                         help="captions of the photos, shown if known; may be repeated (default: "
                         "those of the training run)")
     cli.add_column_arguments(photos)

@@ -58,36 +58,33 @@ def main(argv: list[str] | None = None) -> int:
         # --- device ----------------------------------------------------------------------------
         device = runtime.pick_device(args.device)
         runtime.choose_kernels(args.deterministic)
-        is_main = distributed.rank() == 0
+        is_main = distributed.rank() == 0  # the other ranks print nothing
         if is_main:
             cli.prepare_results(results.folder)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
         with only_writer(results.folder) if is_main else nullcontext():
             status, val_set = train(args, data, results, device, resumed)
-    if is_main and status == 0:
+    if is_main and status == 0:  # without the process group: one process embeds alone
         report_best(results, val_set, device)
     return status
 
 
-def train(
-    args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
-    resumed: Checkpoint | None,
-) -> tuple[int, Flickr30kDataset]:
+def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, device: torch.device,
+          resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- captions ------------------------------------------------------------------------------
     source, tokenizer = load_captions(args)
 
     # --- model ---------------------------------------------------------------------------------
     # Before the images are decoded, which can take minutes: weights that do not fit are refused.
-    model = resumed.model if resumed else build_model(args, tokenizer)
-    model.to(device)
+    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
+    print(f"model: {model.summary()}, on {device}")
 
     # --- images --------------------------------------------------------------------------------
     train_set, val_set = load_images(args, source, tokenizer, data, results)
-    print(f"model: {model.summary()}, on {device}")
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     check_batch_size(
@@ -96,8 +93,8 @@ def train(
 
     # --- optimizer -----------------------------------------------------------------------------
     dtype = runtime.compute_dtype(device, args.precision)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     scaler = runtime.grad_scaler(device, dtype)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
@@ -110,22 +107,21 @@ def train(
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
         # --- loop ------------------------------------------------------------------------------
-        features = pixels = None
-        if len(run.log) < frozen_epochs:  # train the heads on features that are computed once
-            features = [
-                split.with_images(frozen_features(data.cache, model.image_encoder, split, dtype))
-                if len(split) else split for split in (train_set, val_set)]
+        # The first epochs train the heads on features that are computed once, the others on pixels.
+        splits, features, pixels = [train_set, val_set], [], []
+        if len(run.log) < frozen_epochs:
+            features = [split.with_images(
+                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
-            pixels = [cache_on_device(split, device) for split in (train_set, val_set)]
+            pixels = [cache_on_device(split, device) for split in splits]
         print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
-                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size,
-                freeze_batchnorm=args.freeze_batchnorm, progress=run.progress,
-                after_step=run.after_step)
+                epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
+                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             run.save()  # a run that is killed during validation continues with the validation
@@ -157,7 +153,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     if not args.resume or (args.resume == "auto" and not run_state.has_run(results)):
         return args, None
     resumed = run_state.load_run(results)
-    # The baseline has the values of flags that an earlier version did not have.
+    # Flags that the version of the run did not have yet get their baseline values.
     flags = {**RECIPES["baseline"], **run_state.rename_flags(resumed.content["args"])}
     # The folder of the run may have been moved since.
     parser.set_defaults(**{**flags, "results_dir": results.folder})

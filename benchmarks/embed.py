@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     if args.one != "naive":
         tune_malloc()  # as evaluate.py and search.py do
     device = pick_device(args.device)
-    records = write_dataset(folder, args.count + 1, args.photos).splits["train"]
+    records = write_dataset(folder, args.count, args.photos).splits["train"]
     names = [record.name for record in records]
     tokenizer = Tokenizer.from_captions([c for r in records for c in r.captions], 1, 32)
     pairs = [(folder / "images" / record.name, record.captions[0]) for record in records]

@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     print(f"{machine()}; {'real' if args.photos else 'generated'} photos")
     with tempfile.TemporaryDirectory() as folder:
-        source = write_dataset(Path(folder), max(N_BATCHED, N_STORED) + 1, args.photos)
+        source = write_dataset(Path(folder), max(N_BATCHED, N_STORED), args.photos)
         time_batches(Path(folder), source)
         time_store(Path(folder), source)
     return 0

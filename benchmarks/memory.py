@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace, count: int, folder: Path) -> Callable[[], 
         records = read_annotations(folder / "annotations.csv").records
         captions = [caption for record in records for caption in record.captions]
         return lambda: Tokenizer.from_captions(captions, 2, 32).encode(captions)
-    source = write_dataset(folder, count + 1, args.photos)
+    source = write_dataset(folder, count, args.photos)
     records = source.splits["train"]
     names = [record.name for record in records]
     if args.one == "decode into the store":

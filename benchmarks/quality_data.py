@@ -65,7 +65,7 @@ class Data:
             dataset = Flickr30kDataset(self.records[split], self.store, Tokenizer.from_captions(
                 [], min_freq=1, context_length=1))
             if view == "flip":
-                pixels = dataset.pixels(np.arange(len(dataset.records)))  # (N, S, S, 3)
+                pixels = dataset.take_images(np.arange(len(dataset.records)))  # (N, S, S, 3)
                 dataset = dataset.with_images(pixels.flip(2))
             self._features[split, view] = frozen_features(self.folder, self.encoder, dataset)
         return self._features[split, view]

@@ -72,6 +72,18 @@ class _StoreOnce(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
+class Repeatable(argparse.Action):
+    """Collect the values of a flag that may be repeated; they replace the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list,
+        option_string: str | None = None,
+    ) -> None:
+        """Add `values` to those given before."""
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if given is self.default else given), *values])
+
+
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --demo and --results-dir, which every script has."""
     group = parser.add_argument_group("paths")
@@ -98,7 +110,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: data/flickr30k)")
     group.add_argument("--images", type=Path, metavar="DIR",
                        help="folder of images (default: DATA_DIR/images)")
-    group.add_argument("--annotations", type=Path, nargs="+", metavar="FILE",
+    group.add_argument("--annotations", type=Path, nargs="+", action=Repeatable, metavar="FILE",
                        help="caption files in any layout of docs/captions.md, also one for each "
                        "split (default: DATA_DIR/annotations/annotations.csv)")
     add_column_arguments(group)
@@ -116,7 +128,7 @@ def add_column_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image-column", metavar="NAME",
                        help="column of the image names in the caption files; 1, 2, 3, ... in a "
                        "table without a header (default: found by its name)")
-    group.add_argument("--caption-column", action="append", metavar="NAME",
+    group.add_argument("--caption-column", nargs=1, action=Repeatable, metavar="NAME",
                        help="column of the captions; may be repeated (default: found by its name)")
     group.add_argument("--split-column", metavar="NAME",
                        help="column of train, val and test (default: split)")
@@ -131,7 +143,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
                        help="share of the images for validation, where the caption files have no "
                        "validation images; 0 to train without validation (default: 0.1, where the "
                        "caption files have no split)")
-    group.add_argument("--split-files", type=Path, nargs="+", metavar="FILE",
+    group.add_argument("--split-files", type=Path, nargs="+", action=Repeatable, metavar="FILE",
                        help="lists of image names, such as Flickr_8k.trainImages.txt, with the "
                        "split in the file's name")
     group.add_argument("--max-images", type=positive_int, metavar="N",
@@ -353,8 +365,6 @@ def defaults_from_checkpoint(
             for name in paths if (value := trained.get(name))}
         if trained.get("demo"):
             defaults.setdefault("data_dir", Path("data/demo"))
-    if getattr(given, "caption_column", None):  # argparse would append to a default
-        defaults.pop("caption_column", None)
     parser.set_defaults(**{name: value for name, value in defaults.items()
                            if name in given and value is not None})
     return parser.parse_args(argv)

@@ -201,7 +201,7 @@ def test_fine_tuning_with_the_same_number_of_image_passes(
     def count(model: DualEncoder, dataset: Flickr30kDataset, *args: object,
               **flags: object) -> Progress:
         progress = original(model, dataset, *args, **flags)
-        frozen = dataset.pixels(np.zeros(1, np.int64)).ndim == 2
+        frozen = dataset.take_images(np.zeros(1, np.int64)).ndim == 2
         passes.append((frozen, progress.pairs // flags["captions_per_image"]))
         return progress
 

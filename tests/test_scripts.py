@@ -690,10 +690,10 @@ def flags_of(*argv: str) -> dict:
 
 
 def test_the_defaults_are_the_baseline():
-    """AdamW at 2e-5, batches of 64, 5 epochs, 90/10, ImageNet's B0, 256 dimensions."""
+    """Learning rate 2e-5, batches of 64, 5 epochs, ImageNet weights, 256 dimensions."""
     args = flags_of()
     expected = {
-        "recipe": "baseline", "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": 0.1,
+        "recipe": "baseline", "lr": 2e-5, "batch_size": 64, "epochs": 5, "val_fraction": None,
         "weights": "imagenet", "image_encoder": "efficientnet-b0", "embed_dim": 256,
         "context_length": 32, "image_size": 224, "captions_per_image": 1, "max_images": None,
         "resume": False, "demo": False, "seed": 0, "freeze_image_encoder": False,

@@ -201,6 +201,11 @@ def _find_columns(lines: list[str], choose: Choose) -> tuple[str, list[str], Col
         names = _distinct([cell.strip() for cell in _split(sample[0], delimiter)])
         columns = choose(names)
         if columns and len(names) > 1:
+            counts = {len(_split(line, delimiter)) for line in sample[1:]}
+            # Delimiters within captions would give rows of different lengths.
+            if len(sample) > 2 and len(counts) == 1 and max(counts) > len(names):
+                raise ValueError(f"has {max(counts)} cells in every row below a header of "
+                                 f"{len(names)}: add the names that are missing")
             return delimiter, names, columns, True
 
     for delimiter in DELIMITERS:
@@ -390,7 +395,7 @@ def _distinct(names: list[str]) -> list[str]:
 def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iterator[FileRow]]:
     """Return the layout, the field names, the chosen fields and the items of JSON."""
     try:
-        layout, items = _json_items(json.loads(text))
+        layout, items = _json_items(json.loads(text, strict=False))
     except (ValueError, RecursionError) as error:
         lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1)
                  if line.strip()]
@@ -401,9 +406,9 @@ def _read_json(text: str, choose: Choose) -> tuple[str, list[str], Columns, Iter
 
 
 def _parse_json(text: str) -> Any:
-    """Return the value of JSON text; None where it is not JSON."""
+    """Return the value of JSON text, also with line ends in strings; None where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -626,9 +631,13 @@ def _parse_list(text: str) -> list | None:
         return None
     values = _parse_json(text)
     if values is None and STRING_LIST.fullmatch(text):
+        strings = [string.replace("\n", "\\n") for string in re.findall(STRING, text, re.DOTALL)]
         with warnings.catch_warnings():  # of escapes such as \d, which are read as they are
             warnings.simplefilter("ignore")
-            values = [ast.literal_eval(string) for string in re.findall(STRING, text, re.DOTALL)]
+            try:
+                values = list(map(ast.literal_eval, strings))
+            except (SyntaxError, ValueError):  # an incomplete escape such as \x
+                return None
     return values if isinstance(values, list) and values else None
 
 

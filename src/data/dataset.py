@@ -73,7 +73,8 @@ class Flickr30kDataset:
 
     Attributes:
         records: the image records whose image could be decoded.
-        images: pixels of the store, or features; image i is `images[store_rows[i]]`.
+        images: pixels of the store, or after `with_images` features; image i is
+            `images[store_rows[i]]`.
         store_rows: (N,) int64.
         captions: M texts, grouped by image.
         image_index: (M,) int64, the image of each caption.
@@ -124,7 +125,7 @@ class Flickr30kDataset:
         other.images, other.store_rows = images, np.arange(len(self.records))
         return other
 
-    def pixels(self, indices: np.ndarray) -> torch.Tensor:
+    def take_images(self, indices: np.ndarray) -> torch.Tensor:
         """Return the stored images `indices` (B,): (B, S, S, 3) uint8, or (B, F) features."""
         rows = self.store_rows[indices]
         if isinstance(self.images, torch.Tensor):
@@ -138,7 +139,7 @@ class Flickr30kDataset:
         captions = np.concatenate([np.empty(0, np.int64), *(chosen for _, chosen in own)])
         counts = [len(chosen) for _, chosen in items]
         return Batch(
-            images=self.pixels(np.array([image for image, _ in own], np.int64)),
+            images=self.take_images(np.array([image for image, _ in own], np.int64)),
             tokens=self.tokens[torch.from_numpy(captions)],
             image_index=torch.repeat_interleave(torch.arange(len(items)), torch.tensor(counts)),
             counts=counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ Image.MAX_IMAGE_PIXELS = None  # load_image checks after draft(), which may shri
 # Pillow warns of corrupt EXIF and the like, which does not matter for the pixels. Not with
 # catch_warnings: the decoding threads would race for the filters of the process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it also raises
 TRANSPOSE = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -321,7 +323,7 @@ def find_escaping_links(folder: Path, names: list[str]) -> set[str]:
     return {name for name in names if escapes(name)}
 
 
-def load_resized(path: Path, size: int, notes: list[str] | None = None) -> np.ndarray:
+def load_resized(path: Path | io.BytesIO, size: int, notes: list[str] | None = None) -> np.ndarray:
     """Return the whole image as a square, (size, size, 3) uint8; raise ValueError like load_image.
 
     The aspect ratio is not kept: captions also describe what a center crop would cut off.
@@ -338,6 +340,29 @@ def load_resized(path: Path, size: int, notes: list[str] | None = None) -> np.nd
 def tiny_thumbnail(pixels: np.ndarray) -> np.ndarray:
     """Return an image (H, W, 3) uint8 averaged to 4x4 pixels: (48,) uint8."""
     return np.asarray(Image.fromarray(pixels).resize((4, 4), Image.Resampling.BOX)).ravel()
+
+
+def encode_image_file(image: np.ndarray | Image.Image) -> bytes:
+    """Return an image, PIL or a uint8 array of (H, W), (H, W, 3) or (H, W, 4), as a PNG file.
+
+    A color profile and an EXIF orientation are kept.
+
+    Raises:
+        ValueError: it is neither, or an array of another shape or type.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(f"an array of {image.dtype} of shape {image.shape}, not of uint8 and "
+                             "(H, W, 3)")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError("neither a path, an image nor an array")
+    exif, profile = image.getexif(), image.info.get("icc_profile")
+    if image.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):  # what PNG stores
+        image, profile = _to_rgb(image, None), None
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif, icc_profile=profile, compress_level=1)
+    return buffer.getvalue()
 
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:

@@ -51,7 +51,7 @@ def count_batches(dataset: Flickr30kDataset, batch_size: int, captions_per_image
     """Return the maximum number of full batches of distinct images in an epoch.
 
     `sample_batches` draws this many if all images have equally many captions. If a few images have
-    most of the captions it can draw fewer; a learning rate schedule then ends a few steps early.
+    most of the captions it can draw fewer; a learning rate schedule then misses its last steps.
     """
     batch_size = min(batch_size, len(dataset.records))
     groups = np.array([-(-len(record.captions) // captions_per_image)
@@ -105,15 +105,14 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[Batch]:
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-            ahead = pool.submit(self._prepare, self.batches[0]) if self.batches else None
-            for following in [*self.batches[1:], None]:
-                if ahead is None:
-                    return
-                start = time.perf_counter()
-                batch = ahead.result()
-                self.wait_seconds += time.perf_counter() - start
-                ahead = pool.submit(self._prepare, following) if following else None
-                yield batch
+            ahead = None
+            for items in [*self.batches, None]:
+                current, ahead = ahead, pool.submit(self._prepare, items) if items else None
+                if current:
+                    start = time.perf_counter()
+                    batch = current.result()
+                    self.wait_seconds += time.perf_counter() - start
+                    yield batch
 
     def _prepare(self, items: list[Item]) -> Batch:
         return self.dataset.batch(items, split_evenly(len(items))[rank()]).to(self.device)
@@ -126,11 +125,11 @@ def cache_on_device(dataset: Flickr30kDataset, device: torch.device) -> Flickr30
     """
     if device.type != "cuda" or not len(dataset.records):
         return dataset
-    one = dataset.pixels(np.zeros(1, np.int64))
+    one = dataset.take_images(np.zeros(1, np.int64))
     if len(dataset.records) * one.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return dataset
     cached = torch.empty(len(dataset.records), *one.shape[1:], dtype=one.dtype, device=device)
     for start in range(0, len(cached), BLOCK):
         indices = np.arange(start, min(start + BLOCK, len(cached)))
-        cached[start : start + BLOCK] = dataset.pixels(indices).to(device)
+        cached[start : start + BLOCK] = dataset.take_images(indices).to(device)
     return dataset.with_images(cached)

@@ -64,7 +64,7 @@ def _embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor
     for start in tqdm(range(own.start, own.stop, BATCH_SIZE), desc="embedding", unit="batch",
                       leave=False, disable=None if rank() == 0 else True, file=sys.stderr):
         indices = np.arange(start, min(start + BATCH_SIZE, own.stop))
-        embeddings.append(_embed_pixels(model, dataset.pixels(indices)))
+        embeddings.append(_embed_pixels(model, dataset.take_images(indices)))
     return all_gather_with_grad(torch.cat(embeddings), [len(part) for part in parts])
 
 

@@ -86,7 +86,7 @@ def plot_mistakes(
                       if image != own}
             rows[own] = SheetRow(
                 dataset.captions[mistake.caption],
-                list(dataset.pixels(np.array([own, *others.values()])).numpy()),
+                list(dataset.take_images(np.array([own, *others.values()])).numpy()),
                 [f"its image, rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
                 correct=0,
             )
@@ -108,7 +108,7 @@ def plot_examples(
     plot_contact_sheet(path, [
         SheetRow(
             dataset.captions[caption],
-            list(dataset.pixels(best.numpy()).numpy()),
+            list(dataset.take_images(best.numpy()).numpy()),
             [f"{score:.2f}" for score in its_scores.tolist()],
             correct=int(own.int().argmax()) if own.any() else None,
         )

@@ -152,6 +152,8 @@ class ImageIndex:
         They have the same content, or all of their 4x4 thumbnails' values differ by at most
         DUPLICATE_CHANGE: copies that were resized or saved again.
         """
+        if not self.digests[row]:  # of an earlier version, which had no thumbnails
+            return np.array([row])
         own = self.thumbnails[row].astype(np.int16)
         rows = np.flatnonzero(abs(self.thumbnails[:, 0] - own[0]) <= DUPLICATE_CHANGE)  # for speed
         return rows[(abs(self.thumbnails[rows] - own) <= DUPLICATE_CHANGE).all(1)]

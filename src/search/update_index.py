@@ -280,7 +280,7 @@ def _update(
     kept = {name for name, digest in zip(index.names, index.digests, strict=True)
             if found.get(name) == current[name] and (digest or index.decoder != DECODER)}
     reusable = {}  # embeddings that are right if the decoder gives the same pixels as before
-    if index.decoder != DECODER:
+    if index.decoder != DECODER and writable:
         print(f"the index in {folder} was written by an earlier version: its photos are read again",
               file=sys.stderr)
         reusable = {name: index.embeddings[i] for i, name in enumerate(index.names) if name in kept}
@@ -290,39 +290,46 @@ def _update(
     moved = {} if reusable else _find_content(index, images, {name: found[name] for name in new})
     gone = _check_missing(index, scan, folder, images, set(moved.values()), exclude, prune)
     new = [name for name in new if name not in moved]
+    if new and not writable:
+        print(f"the index in {folder} cannot be written: {_files(new)} new or changed, and not "
+              "searched", file=sys.stderr)
+        new = []
     if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
         from src.utils.distributed import broadcast_object
 
         broadcast_object((images, {name: found[name] for name in new}, reusable))
-    if not writable:
-        if new:
-            print(f"the index in {folder} cannot be written: {_files(new)} "
-                  "new or changed, and not searched", file=sys.stderr)
-    rows = [i for i, name in enumerate(index.names) if name in kept or name in gone]
     about = {**about, "folder": str(images.resolve())}
-    old_names = set(index.names)
-    if new or moved or len(rows) < len(index.names) or failed != index.failed or (
-            writable and about != index.about):
-        n_removed = len(old_names - set(scan.found) - gone - {
-            index.names[i] for i in moved.values()})
-        rest = index.take(rows)
-        copies = index.take(list(moved.values()))
-        copies.names, copies.signatures = list(moved), [found[name] for name in moved]
-        copies.notes = {name: index.notes[index.names[i]] for name, i in moved.items()
-                        if index.names[i] in index.notes}
-        rest.merge([copies])
-        rest.failed, rest.about, rest.decoder = failed, about, DECODER
-        if writable:
-            n_new = _embed_new(rest, folder, images, {name: found[name] for name in new}, reusable,
-                               load_model)
-            done = "read again" if reusable else "embedded"
-            changes = [f"{n_new:,} photos {done}"] if n_new else []
-            changes += [f"{len(moved):,} known by their content"] if moved else []
-            changes += [f"{n_removed:,} removed"] if n_removed else []
-            if changes:
-                print("index: " + ", ".join(changes), file=sys.stderr)
-        index = rest
-    return index
+    if not (new or moved or index.names != [name for name in index.names if name in kept | gone]
+            or failed != index.failed or writable and about != index.about):
+        return index
+    updated = _carry_over(index, kept | gone, moved, found)
+    updated.failed = failed
+    if not writable:
+        return updated
+    updated.about, updated.decoder = about, DECODER
+    n_new = _embed_new(updated, folder, images, {name: found[name] for name in new}, reusable,
+                       load_model)
+    n_removed = len(set(index.names) - found.keys() - gone
+                    - {index.names[i] for i in moved.values()})
+    counts = {"read again" if reusable else "embedded": n_new,
+              "known by their content": len(moved), "removed": n_removed}
+    if any(counts.values()):
+        print("index: " + ", ".join(f"{n:,} photos {what}" for what, n in counts.items() if n),
+              file=sys.stderr)
+    return updated
+
+
+def _carry_over(
+    index: ImageIndex, kept: set[str], moved: dict[str, int], found: dict[str, list[int]]
+) -> ImageIndex:
+    """Return the kept images of an index, and the moved ones under their new names."""
+    copies = index.take(list(moved.values()))
+    copies.names, copies.signatures = list(moved), [found[name] for name in moved]
+    copies.notes = {name: index.notes[index.names[i]] for name, i in moved.items()
+                    if index.names[i] in index.notes}
+    carried = index.take([i for i, name in enumerate(index.names) if name in kept])
+    carried.merge([copies])
+    return carried
 
 
 def _known_failures(index: ImageIndex, found: dict[str, list[int]]) -> dict[str, list]:

@@ -100,7 +100,7 @@ def train_one_epoch(
     progress.losses = losses
     # The batches are a function of seed and epoch: a resumed epoch skips those it has done.
     loader = Prefetcher(dataset, batches[progress.step :], device)
-    start, checked = time.perf_counter() - progress.seconds, 0.0
+    start, last_check = time.perf_counter() - progress.seconds, 0.0
     waited_before = progress.wait_seconds
     with tqdm(loader, total=len(batches), initial=progress.step, desc=f"epoch {epoch}",
               unit="step", disable=None if rank() == 0 else True, file=sys.stderr) as bar:
@@ -117,14 +117,14 @@ def train_one_epoch(
 
             progress.losses[progress.step] = loss  # stays on the device: no wait
             progress.step += 1
-            progress.pairs += len(batch.image_index)
+            progress.pairs += len(batch.image_index)  # of all ranks
             progress.seconds = time.perf_counter() - start
             progress.wait_seconds = waited_before + loader.wait_seconds
-            if progress.seconds - checked > CHECK_SECONDS or progress.step == len(batches):
+            if progress.seconds - last_check > CHECK_SECONDS or progress.step == len(batches):
                 _check_finite(progress, dataset, batches, epoch, scheduler.get_last_lr()[0])
                 bar.set_postfix_str(f"loss {progress.mean_loss():.3f}, "
                                     f"{progress.pairs / progress.seconds:,.0f} pairs/s")
-                checked = progress.seconds
+                last_check = progress.seconds
             if after_step(progress):
                 break
     return progress

@@ -47,6 +47,8 @@ def frozen_features(
         UserError: the folder cannot be written.
     """
     encoder.eval()
+    if not dataset.records:  # training without validation
+        return torch.zeros(0, encoder.feature_dim)
     path = folder / f"features_{_key(encoder, dataset, dtype)}.npy"
     partial = path.with_suffix(".part.npy")
     try:
@@ -70,7 +72,7 @@ def _key(encoder: ImageEncoder, dataset: Flickr30kDataset, dtype: torch.dtype) -
     digest.update(f"{encoder.image_size} {encoder.flip_tta} {dtype} {device}".encode())
     for start in range(0, len(dataset.records), BATCH_SIZE):
         indices = np.arange(start, min(start + BATCH_SIZE, len(dataset.records)))
-        digest.update(dataset.pixels(indices).numpy())
+        digest.update(dataset.take_images(indices).numpy())
     return digest.hexdigest()
 
 
@@ -90,7 +92,7 @@ def _compute(
               disable=None if rank() == 0 else True) as bar:
         while start < count:
             indices = np.arange(start, min(start + BATCH_SIZE, count))
-            images = eval_transform(dataset.pixels(indices).to(device), encoder.image_size)
+            images = eval_transform(dataset.take_images(indices).to(device), encoder.image_size)
             with autocast(device, dtype):
                 features[indices] = encoder(images).float().cpu().numpy()
             start += len(indices)

@@ -158,6 +158,7 @@ class RunState:
                 are intact.
         """
         if rank() == 0:
+            self._check_finite_weights()
             # The epoch's losses may be on a GPU; a checkpoint loads on any machine.
             progress = asdict(self.progress) if self.progress else None
             if progress:
@@ -174,20 +175,25 @@ class RunState:
 
     def _save_best(self) -> None:
         """Write the best checkpoint; the first of a new run renames that of an earlier run."""
+        self._check_finite_weights()
         summary, best = self._summary(), self.results.best
         if len(self.log) == 1 and best.exists() and not _is_same_epoch(best, summary):
             best.replace(self.results.earlier)
         save_checkpoint(best, self.eval_model, self.tokenizer, **summary)
 
     def _summary(self) -> dict[str, Any]:
+        """Return the plain values that both checkpoints hold."""
+        metrics = self.log[-1]["metrics"] if self.log else {}
+        return {"epoch": len(self.log), "metrics": metrics, "args": self.flags}
+
+    def _check_finite_weights(self) -> None:
+        """Raise UserError if a weight is not finite: it would replace a good checkpoint."""
         finite = [parameter.isfinite().all() for parameter in self.model.parameters()]
         if not torch.stack(finite).all():
             raise UserError(
                 f"the weights are no longer finite after step {self.steps}, so they are not saved. "
                 "The last good checkpoint is kept: continue from it with --resume and a smaller "
                 "--lr")
-        metrics = self.log[-1]["metrics"] if self.log else {}
-        return {"epoch": len(self.log), "metrics": metrics, "args": self.flags}
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
         """Restore the state that `save` wrote; the model has its weights already.

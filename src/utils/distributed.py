@@ -36,11 +36,20 @@ def init_distributed() -> None:
         if missing:
             raise UserError(f"the environment has RANK but no {', '.join(missing)}: start several "
                             "processes with torchrun, or unset RANK")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            store, own_rank, n_ranks = next(dist.rendezvous("env://"))
+            # torchrun keeps its store over restarts, with the addresses of processes that have
+            # ended. The count is the same for all processes of one machine only.
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"restart {restarts}", store)
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks)
         except RuntimeError as error:
-            raise UserError("the processes of this run cannot connect to each other: "
-                            + str(error).partition("\n")[0], status=1) from error
+            raise UserError(
+                "the processes of this run cannot connect to each other ("
+                f"{str(error).partition(chr(10))[0]}); restarts of torchrun on several machines "
+                "need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment", status=1) from error
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 

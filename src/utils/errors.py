@@ -30,6 +30,9 @@ def run_script(main: Callable[[], int]) -> None:
     A UserError is printed as one message, without a traceback, and gives its own status; Ctrl-C
     gives 130. Characters that the encoding of standard output lacks are escaped.
     """
+    if sys.stdout is None:  # closed by the shell, as in >&-
+        print("note: standard output is closed", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()

@@ -23,6 +23,7 @@ from tests.stress.fuzz_captions import check_file
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT.parent / "shared" / "annotation_samples"
 CASES = ROOT.parent / "shared" / "cases"
+SUBSET = ROOT.parent / "shared" / "flickr30k_subset" / "annotations" / "annotations.csv"
 Captions = list[tuple[str, list[str]]]  # images with their captions
 CAPTIONS: Captions = [
     ("10.jpg", ["A dog , brown , runs .", 'A " big " dog', "Dogs", "NA", "It 's | piped , too ."]),
@@ -309,6 +310,12 @@ def test_columns_of_unknown_names_are_shown(tmp_path: Path, content: str) -> Non
     assert found.records[0].captions[0] == "a red dog" and not found.rejected
 
 
+def test_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
+    """Where every row has one cell more, it may be a column without a name; no caption gets it."""
+    with pytest.raises(UserError, match="3 cells in every row below a header of 2"):
+        read(tmp_path, "image,caption\na.jpg,a red dog,0\nb.jpg,two boats,1\n")
+
+
 def test_flags_choose_the_columns(tmp_path: Path) -> None:
     """Columns that are asked for are read instead of those with known names; a missing one is an
     error."""
@@ -354,6 +361,29 @@ def test_stray_quotes_change_no_other_row(tmp_path: Path, cell: str, caption: st
         ("a.jpg", "A cat"), ("b.jpg", caption), ("c.jpg", "Two, boats"), ("d.jpg", "A dog"),
         ("e.jpg", caption), ("f.jpg", "A cat")]
     assert found.rejected == []
+
+
+@pytest.mark.skipif(not SUBSET.exists(), reason="the subset is not here")
+def test_35_000_real_captions_in_20_layouts(tmp_path: Path) -> None:
+    """The records are equal, and with them the digest of the dataset, whatever the layout."""
+    data = captions_in(read_annotations(SUBSET))
+    names = {name: i for i, (name, _) in enumerate(data)}
+    texts = [
+        pipes(data, header=False), pipes(data, sep="|").replace("\n", "\r\n"), token(data),
+        token(data, "#zhb#", " "), commas(data), commas(data, header=False),
+        commas(data, delimiter="\t"), commas(data, delimiter=";").encode("utf-16"),
+        resaved(data), resaved(data, "|"), with_other_columns(data), wide(data, split=False),
+        hugging_face(data, split=False), hugging_face(data, split=False, dump=repr),
+        karpathy(data, split=False), json_list(data), json_captions(data), json_lines(data),
+        json_by_image(data), gzip.compress(json.dumps({
+            "images": [{"id": i, "file_name": name} for name, i in names.items()],
+            "annotations": [{"image_id": names[name], "caption": text}
+                            for name, _, text in rows_of(data)]}).encode()),
+    ]
+    assert len(texts) == 20
+    for text in texts:
+        found = read(tmp_path, text)
+        assert captions_in(found) == data and not found.rejected and not found.fixed
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="the samples are not here")
@@ -451,6 +481,19 @@ def test_a_bad_row_of_a_table_is_rejected_alone(tmp_path: Path, row: str, place:
     assert [r.name for r in found.records] == ["b.jpg", "c.jpg"]
     assert [issue.where for issue in found.rejected] == [f"line {place + 2}"]
     assert found.rows == 3
+
+
+@pytest.mark.parametrize(("cell", "captions"), [
+    ("['a dog', 'a\nb']", ("a dog", "a b")), ('["a dog", "a\nb"]', ("a dog", "a b")),
+    ("['a dog'\n 'it''s']", ("a dog", "it", "s")), (r"['\x']", ()), (r"['a \d']", (r"a \d",)),
+    ('["a", 3, null, ["b"]]', ("a",)), ("['a', b]", ()), ("[]", ()), ("[1", ()),
+])
+def test_lists_of_captions(tmp_path: Path, cell: str, captions: tuple[str, ...]) -> None:
+    """JSON, Python and NumPy; what is not text, or not a list, is rejected."""
+    rows = [["filename", "raw"], *[[f"{i}.jpg", "['a']"] for i in range(4)], ["x.jpg", cell]]
+    found = read(tmp_path, written(rows))
+    assert [r.captions for r in found.records if r.name == "x.jpg"] == [captions] * bool(captions)
+    assert len(found.rejected) == (3 if "null" in cell else not captions)
 
 
 @pytest.mark.parametrize("write", [pipes, token, commas, hugging_face, karpathy])

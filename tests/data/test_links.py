@@ -36,7 +36,8 @@ def test_links_are_named_or_followed(tmp_path: Path, flags: list[str]) -> None:
     """Case train-18: main.py and train.py name the links; with --follow-links both accept them."""
     check = ["main.py", *(flag for flag in flags if "cache" not in flag), "--batch-size", "4"]
     train = ["train.py", *flags, "--weights", "none", "--epochs", "1", "--batch-size", "4",
-             "--device", "cpu", "--val-fraction", "0.25", "--results-dir", str(tmp_path / "results")]
+             "--device", "cpu", "--val-fraction", "0.25",
+             "--results-dir", str(tmp_path / "results")]
     done = run(*check)
     assert done.returncode == 1 and "12 images are links to files outside" in done.stdout
     done = run(*train)

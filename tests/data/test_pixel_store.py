@@ -338,7 +338,7 @@ def test_a_second_build_waits(
     """A second build waits for the first one, and then decodes nothing."""
     waiting = threading.Event()
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(
-        write=lambda text: waiting.set() if "another run is decoding" in text else None,
+        write=lambda text: waiting.set() if "waiting for another process" in text else None,
         flush=lambda: None))
     with ThreadPoolExecutor(1) as pool:
         with exclusive_lock(tmp_path / "s" / "pixels_9.lock"):

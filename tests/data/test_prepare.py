@@ -238,13 +238,17 @@ def test_the_data_flags_of_training_are_the_defaults_of_evaluation(
     for name, numbers in lists.items():
         (tmp_path / name).write_text("\n".join(f"{i}.png" for i in numbers))
     assert train.main([
-        *data[:4], str(tmp_path / "more.csv"), *data[4:], *SMALL_MODEL, "--image-column", "foto",
+        *data, "--annotations", str(tmp_path / "more.csv"), *SMALL_MODEL, "--image-column", "foto",
         "--caption-column", "alt", "--split-files", *(str(tmp_path / name) for name in lists)]) == 0
     out = capsys.readouterr().out
     assert "train: 7 images" in out and "validation: 4 images" in out
     assert "1 images in no split file" in out
-    assert evaluate.main(["--results-dir", str(tmp_path / "results"), "--device", "cpu"]) == 0
+    results = ["--results-dir", str(tmp_path / "results"), "--device", "cpu"]
+    assert evaluate.main(results) == 0
     assert "val: 4 images, 4 captions" in capsys.readouterr().out
+    assert train.main(["--resume", *results, "--caption-column", "alt", "--epochs", "2"]) == 0
+    with pytest.raises(UserError, match="caption-column was .*alt.* is .*caption"):
+        train.main(["--resume", *results, "--caption-column", "caption"])
 
 
 @pytest.mark.parametrize(("caption", "flags_", "warning"), [
@@ -287,20 +291,6 @@ def test_reported_files_in_main(
                       "--image-size", "32", "--min-freq", "1"])
     out = capsys.readouterr().out
     assert message in out or message == "a.jpg" and "unknown: 0.00 % of train" in out
-
-
-def test_a_group_of_identical_images_is_short(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Of many byte-identical images three names are printed, and the number of the others."""
-    rows = [f"{i}.png,a dog number {i}" for i in range(60)]
-    data = write_dataset(tmp_path, rows, "image,caption", 60)
-    content = (tmp_path / "images" / "0.png").read_bytes()
-    for path in (tmp_path / "images").iterdir():
-        path.write_bytes(content)
-    main_script.main([*data, "--image-size", "32"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if "identical" in line)
-    assert line.endswith("such as 0.png = 1.png = 10.png and 57 more") and "1 groups" in line
 
 
 @pytest.mark.parametrize("name", other_files())

@@ -54,7 +54,7 @@ def one_by_one(model: DualEncoder, dataset: Flickr30kDataset) -> tuple[torch.Ten
     """Embed each image and each caption alone with the model in eval mode."""
     model.eval()
     with torch.no_grad():
-        images = [model.encode_image(eval_transform(dataset.pixels(np.array([i])), 32))
+        images = [model.encode_image(eval_transform(dataset.take_images(np.array([i])), 32))
                   for i in range(len(dataset.records))]
         texts = [model.encode_text(row[None]) for row in dataset.tokens]
     model.train()
@@ -87,7 +87,7 @@ def test_bfloat16_embeds_nearly_the_same(model, dataset, monkeypatch):
 def test_embed_pixels_takes_the_center(model, dataset):
     """Stored images are a little larger than the input; their borders have no influence."""
     model.eval()
-    pixels = dataset.pixels(np.array([2]))
+    pixels = dataset.take_images(np.array([2]))
     framed = torch.zeros_like(pixels)
     framed[:, 1:33, 1:33] = pixels[:, 1:33, 1:33]
     assert torch.equal(embed_pixels(model, framed), embed_pixels(model, pixels))

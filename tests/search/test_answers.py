@@ -106,7 +106,8 @@ def make_library(n_groups: int, size: int) -> Library:
     thumbnails = rng.integers(0, 256, (n_groups, 48)).repeat(size, 0)
     thumbnails = (thumbnails + rng.integers(-2, 3, thumbnails.shape)).clip(0, 255).astype(np.uint8)
     paths = [f"/{i}" for i in range(len(rows))]
-    return Library(ImageIndex("x", paths, [], rows, {}, [""] * len(rows), thumbnails), paths, paths)
+    index = ImageIndex("x", paths, [], rows, {}, ["x"] * len(rows), thumbnails)
+    return Library(index, paths, paths)
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])
@@ -318,3 +319,10 @@ def test_the_index_describes_itself(flags: list[str], images: Path) -> None:
     assert about["folder"] == str(images) and about["dim"] == "256"
     assert about["image_encoder"] == "efficientnet-b0" and about["image_size"] == "32"
     assert about["checkpoint_file"].endswith("flickr30k_clip_best.pth")
+
+
+def test_a_closed_standard_output_is_one_message(flags: list[str]) -> None:
+    """With >&- in a shell nothing can be printed, and there is no traceback."""
+    done = subprocess.run(["sh", "-c", '"$0" "$@" >&-', sys.executable, "search.py", "red", *flags],
+                          cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr.startswith("note: standard output is closed\n")

@@ -20,12 +20,12 @@ from src.utils.errors import UserError
 from src.utils.runtime import seed_all
 
 
-def make_dataset(seed: int = 0, photos: int = 7) -> Flickr30kDataset:
+def make_dataset(seed: int = 0, count: int = 7) -> Flickr30kDataset:
     """Return images of noise, in another order than the rows of the store."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (photos + 2, 34, 34, 3), np.uint8)
-    records = [ImageRecord(f"{i}.jpg", (f"photo {i}",)) for i in range(photos)]
-    store = PixelStore(pixels, {r.name: photos - i for i, r in enumerate(records)}, {})
-    return Flickr30kDataset(records, store, Tokenizer.from_captions(["photo"], 1, 4))
+    pixels = np.random.default_rng(seed).integers(0, 256, (count + 2, 34, 34, 3), np.uint8)
+    records = [ImageRecord(f"{i}.jpg", (f"image {i}",)) for i in range(count)]
+    store = PixelStore(pixels, {r.name: count - i for i, r in enumerate(records)}, {})
+    return Flickr30kDataset(records, store, Tokenizer.from_captions(["image"], 1, 4))
 
 
 def make_encoder(seed: int = 0, flip_tta: bool = False) -> ImageEncoder:
@@ -56,7 +56,7 @@ def test_features_are_the_encoders(tmp_path, count_passes):
     assert found.shape == (7, encoder.feature_dim) and found.dtype == torch.float32
     with torch.no_grad():
         for i in range(7):
-            own = encoder.eval()(eval_transform(dataset.pixels(np.array([i])), 32))
+            own = encoder.eval()(eval_transform(dataset.take_images(np.array([i])), 32))
             torch.testing.assert_close(found[i], own[0], rtol=1e-4, atol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_features_are_computed_once(tmp_path, count_passes):
     assert torch.equal(frozen_features(tmp_path, make_encoder(), make_dataset()), first)
     assert sum(count_passes) == 7
     for encoder, dataset in ((make_encoder(1), make_dataset()), (make_encoder(), make_dataset(1)),
-                             (make_encoder(), make_dataset(photos=6)),
+                             (make_encoder(), make_dataset(count=6)),
                              (make_encoder(flip_tta=True), make_dataset())):
         before = sum(count_passes)
         other = frozen_features(tmp_path, encoder, dataset)

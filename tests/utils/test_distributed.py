@@ -58,12 +58,12 @@ def torchrun(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
     )
 
 
-def make_dataset(photos: int) -> Flickr30kDataset:
+def make_dataset(count: int) -> Flickr30kDataset:
     """Return images of noise with one to three captions each."""
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (photos, 36, 36, 3), dtype=torch.uint8).numpy()
-    records = [ImageRecord(f"{i}.jpg", tuple(f"photo {i} word{j}" for j in range(1 + i % 3)))
-               for i in range(photos)]
+    pixels = torch.randint(0, 256, (count, 36, 36, 3), dtype=torch.uint8).numpy()
+    records = [ImageRecord(f"{i}.jpg", tuple(f"image {i} word{j}" for j in range(1 + i % 3)))
+               for i in range(count)]
     store = PixelStore(pixels, {record.name: i for i, record in enumerate(records)}, {})
     return Flickr30kDataset(records, store, Tokenizer.from_captions(
         [caption for record in records for caption in record.captions], 1, 6))
@@ -205,15 +205,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     save_checkpoint(folder / "best.pth", DualEncoder(ModelConfig(len(tokenizer), image_size=32)),
                     tokenizer, epoch=1, args={})
     for i in range(150):
-        path = folder / "photos" / ("sub" if i % 3 else "") / f"{i:03}.png"
+        path = folder / "images" / ("sub" if i % 3 else "") / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(noise).save(path)
-    (folder / "photos" / "003.png").write_text("no picture")  # in the part of rank 0 ...
-    cut = folder / "photos" / "sub" / "149.png"  # ... and of rank 1
+    (folder / "images" / "003.png").write_text("not an image")  # in the part of rank 0 ...
+    cut = folder / "images" / "sub" / "149.png"  # ... and of rank 1
     cut.write_bytes(cut.read_bytes()[:200])
     return ["a red thing", "--json", "--device", "cpu", "--checkpoint", str(folder / "best.pth"),
-            "--images", str(folder / "photos")]
+            "--images", str(folder / "images")]
 
 
 def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
@@ -222,14 +222,14 @@ def test_torchrun_indexes_as_one_process_does(tmp_path, trained, capsys):
     one, two = ([*trained, "--index-dir", str(tmp_path / name)] for name in ("one", "two"))
     runs = [search_in_two(two), search_in_two(two)]
     assert search.main(one) == 0
-    told = capsys.readouterr()
+    outputs = capsys.readouterr()
     checkpoint = fingerprint(Path(trained[trained.index("--checkpoint") + 1]))
     expected, found = (ImageIndex.load(tmp_path / name, checkpoint, 256) for name in ("one", "two"))
     assert len(expected.names) == 148 and set(expected.failed) == {"003.png", "sub/149.png"}
     assert (found.names, found.signatures, found.failed) == (
         expected.names, expected.signatures, expected.failed)
     np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-5)
-    paths = [result["path"] for result in json.loads(told.out)["results"]]
+    paths = [result["path"] for result in json.loads(outputs.out)["results"]]
     for ran in runs:
         assert ran.returncode == 0, ran.stderr
         assert [result["path"] for result in json.loads(ran.stdout)["results"]] == paths
@@ -259,13 +259,13 @@ def test_the_other_ranks_end_by_themselves(tmp_path, trained):
                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                  for number in range(2)]
     try:
-        told = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [2, 1], told
-    assert told[0][1].startswith("error: there is no folder of photos")
-    assert told[0][0] == told[1][0] == "" and "rror" not in told[1][1], told
+    assert [process.returncode for process in processes] == [2, 1], outputs
+    assert outputs[0][1].startswith("error: there is no folder of photos")
+    assert outputs[0][0] == outputs[1][0] == "" and "rror" not in outputs[1][1], outputs
 
 
 def test_one_process_communicates_nothing():

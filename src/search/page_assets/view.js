@@ -226,7 +226,8 @@ function drawResults(query, known) {
     const rank = known ? [el("span", { class: "rank" }, `${i + 1}`),
       el("span", { class: "score" }, score.toFixed(3))] : [];
     if (known && copiesOf(photo)) {
-      rank.splice(1, 0, el("span", { class: "copies" }, `+${copiesOf(photo)} like it`));
+      const title = `${copiesOf(photo)} near duplicates`;
+      rank.splice(1, 0, el("span", { class: "copies", title }, `+${copiesOf(photo)}`));
     }
     line.replaceChildren(...rank);
     card.lastChild.replaceChildren(...contributionItems(query, contributions[i], largest, 2));
