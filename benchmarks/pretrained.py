@@ -75,11 +75,11 @@ Written by `python -m benchmarks.pretrained`.
 
 def measure(path: Path, flags: dict) -> dict[str, float]:
     """Return what evaluate.py reports for a checkpoint on the validation images of a run."""
-    data = [f"--{name.replace('_', '-')}={flags[name]}"
-            for name in ("data_dir", "images", "cache_dir", "image_column", "split_column", "seed",
-                         "val_fraction", "max_images") if flags.get(name) is not None]
-    data += [f"--{name.replace('_', '-')}={value}" for name in
-             ("annotations", "caption_column", "split_files") for value in flags.get(name) or ()]
+    names = ("data_dir", "images", "annotations", "caption_column", "image_column", "split_column",
+             "split_files", "cache_dir", "seed", "val_fraction", "max_images")
+    # Flags that may be repeated are lists.
+    data = [f"--{name.replace('_', '-')}={value}" for name in names if flags.get(name) is not None
+            for value in (flags[name] if isinstance(flags[name], list) else [flags[name]])]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "metrics.json"
         evaluate.main(["--checkpoint", str(path), "--output", str(output),
