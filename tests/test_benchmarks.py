@@ -118,7 +118,7 @@ def test_pretrained_model_and_card(
     metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
     assert f"| {metrics['rsum']:.1f} |" in card
     capsys.readouterr()
-    assert search.main(["--checkpoint", str(output), "--images", str(images), "red thing",
+    assert search.main(["red thing", "--checkpoint", str(output), "--images", str(images),
                         "--results-dir", str(tmp_path / "search")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 11
 
