@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 - **Use**: `python search.py "two dogs playing in the snow" --images ~/Pictures --pretrained`
 - **Training data**: {args.data}
 - **Start weights**: {start_weights(config.image_encoder, flags["weights"])}
-- **Training**: `python train.py {" ".join(changed_flags(flags))}`,
-  epoch {content["epoch"]} of {flags["epochs"]}
+- **Training**: epoch {content["epoch"]} of {flags["epochs"]} of
+
+      python train.py {" ".join(changed_flags(flags))}
+
 - **Limits**: {args.limits}
 
 Metrics of this file on {metrics["images"]:,} validation images with {metrics["captions"]:,}
@@ -73,11 +75,11 @@ Written by `python -m benchmarks.pretrained`.
 
 def measure(path: Path, flags: dict) -> dict[str, float]:
     """Return what evaluate.py reports for a checkpoint on the validation images of a run."""
-    data = [f"--{name.replace('_', '-')}={flags[name]}"
-            for name in ("data_dir", "images", "cache_dir", "image_column", "split_column", "seed",
-                         "val_fraction", "max_images") if flags.get(name) is not None]
-    data += [f"--{name.replace('_', '-')}={value}" for name in
-             ("annotations", "caption_column", "split_files") for value in flags.get(name) or ()]
+    names = ("data_dir", "images", "annotations", "caption_column", "image_column", "split_column",
+             "split_files", "cache_dir", "seed", "val_fraction", "max_images")
+    # Flags that may be repeated are lists.
+    data = [f"--{name.replace('_', '-')}={value}" for name in names if flags.get(name) is not None
+            for value in (flags[name] if isinstance(flags[name], list) else [flags[name]])]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "metrics.json"
         evaluate.main(["--checkpoint", str(path), "--output", str(output),

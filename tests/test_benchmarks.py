@@ -113,12 +113,12 @@ def test_pretrained_model_and_card(
     assert pretrained.main([str(best), "--output", str(output), "--data", "noise",
                             "--limits", "everything"]) == 0
     card = output.with_name("README.md").read_text()
-    assert "`python train.py --recipe baseline --image-encoder efficientnet-b0 " in card
+    assert "    python train.py --recipe baseline --image-encoder efficientnet-b0 " in card
     assert "--no-flip" in card and "--image-size 32" in card and str(tmp_path) not in card
     metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
     assert f"| {metrics['rsum']:.1f} |" in card
     capsys.readouterr()
-    assert search.main(["--checkpoint", str(output), "--images", str(images), "red thing",
+    assert search.main(["red thing", "--checkpoint", str(output), "--images", str(images),
                         "--results-dir", str(tmp_path / "search")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 11
 
