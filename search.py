@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_queries(args)
     if not (texts or args.image or args.page or args.serve is not None):
         raise UserError('nothing to search for: give a text, as in python search.py "a red car", '
-                        "before flags such as --images; or --image FILE, or --page DIR")
+                        "or --image FILE, or --page DIR")
     if not checkpoint.exists():
         raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
                         "name another checkpoint with --checkpoint")

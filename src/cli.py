@@ -54,9 +54,19 @@ class SearchParser(Parser):
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse a command line."""
+        """Parse a command line.
+
+        A value after the first folder of --images that is neither a folder nor looks like a path
+        is a query, as in `--images photos "a red car"`.
+        """
         self.seen.clear()
-        return self.parse_intermixed_args(args, namespace)
+        parsed = self.parse_intermixed_args(args, namespace)
+        if isinstance(parsed.images, list):
+            texts = [path for path in parsed.images[1:]
+                     if not os.path.exists(path) and len(path.parts) == 1]
+            parsed.images = [path for path in parsed.images if path not in texts]
+            parsed.query = [*parsed.query, *map(str, texts)]
+        return parsed
 
 
 class _StoreOnce(argparse._StoreAction):

@@ -214,10 +214,18 @@ def test_texts_may_follow_flags(flags: list[str], capsys: pytest.CaptureFixture)
     assert [answer["query"] for answer in answers] == ["red", "blue", "a circle"]
 
 
-def test_a_text_after_images_is_explained(flags: list[str]) -> None:
-    """--images takes the words that follow for folders; the message says so."""
-    with pytest.raises(UserError, match="before flags such as --images"):
-        search.main([*flags[:-2], "a red circle"])
+def test_a_text_after_images_is_a_query(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What follows the folders of --images and is no folder is a query, unless it looks like a
+    path: then the missing folder is an error."""
+    start = flags.index("--images")
+    others, folder = flags[:start] + flags[start + 2 :], flags[start + 1]
+    (tmp_path / "empty").mkdir()
+    answers = ask(capsys, *others, "--images", folder, "a red circle", "blue")
+    assert [answer["query"] for answer in answers] == ["a red circle", "blue"]
+    with pytest.raises(UserError, match="no folder"):
+        search.main([*others, "red", "--images", folder, str(tmp_path / "missing")])
 
 
 # ---- Queries and output --------------------------------------------------------------------------
