@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = check_data(source)
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         problems.append(reason)
+    problems += [reason for split in ("train", "val")
+                 if (reason := source.explain_small_split(split, len(source.splits[split])))]
     if args.strict:
         problems += check_images(source, store_size(image_size))
     train_captions = captions_of(source.splits["train"])
@@ -209,8 +211,8 @@ def check_model(
         context_length=tokenizer.context_length,
     )).eval()
     pixels, captions, problems = read_batch(source, batch_size, store_size(image_size))
-    if len(pixels) < 2:
-        return [*problems, "fewer than two images could be read"]
+    if len(pixels) < 2:  # a loss needs negatives
+        return problems
     device = pick_device("auto")  # the device of train.py
     model.to(device)
     with torch.inference_mode():

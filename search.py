@@ -73,8 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError('nothing to search for: give a text, as in python search.py "a red car", '
                         "or --image FILE, or --page DIR")
     if not checkpoint.exists():
-        raise UserError(f"there is no file {checkpoint}: train first, with python train.py, or "
-                        "name another checkpoint with --checkpoint")
+        raise UserError(f"there is no file {checkpoint}: use the model of the repository with "
+                        "--pretrained, train one with python train.py, or name a checkpoint with "
+                        "--checkpoint")
+    if len(args.query) > 1 and not any(" " in text for text in args.query):
+        print(f"note: {len(args.query)} queries; put quotes around words that belong together",
+              file=sys.stderr)
     table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
     queries, errors = embed_each(table, texts)
 

@@ -2,7 +2,7 @@
 
     python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
-    python train.py --demo             # a synthetic dataset, about a minute
+    python train.py --demo             # a synthetic dataset, 1 to 3 minutes
     python train.py --max-images 2000 --weights none
     python train.py --resume           # continue a run, even within an epoch
     python train.py --resume auto      # continue a run, or start one
@@ -188,13 +188,11 @@ def load_images(
     datasets = prepare_datasets(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
         cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
-    for split, dataset in zip(("train", "validation"), datasets, strict=True):
-        print(f"{split}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if len(dataset.records) < 2 and (split == "train" or source.splits["val"]):
-            cure = ("change the split of the caption files" if source.annotations.has_split
-                    else "split them otherwise with --val-fraction")
-            raise UserError(f"{len(dataset.records)} images are too few for {split}, which needs "
-                            f"2: add images, or {cure}")
+    for split, dataset in zip(("train", "val"), datasets, strict=True):
+        name = {"train": "train", "val": "validation"}[split]
+        print(f"{name}: {len(dataset.records):,} images, {len(dataset):,} captions")
+        if reason := source.explain_small_split(split, len(dataset.records)):
+            raise UserError(reason)
     return datasets
 
 

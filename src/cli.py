@@ -51,6 +51,13 @@ class SearchParser(Parser):
         self.seen: set[str] = set()
         self.register("action", None, _StoreOnce)
 
+    def error(self, message: str) -> None:
+        """Exit like `Parser.error`; explain a word to avoid that is not quoted."""
+        word = re.search(r"unrecognized arguments:.* (-[^-\s]\S+)", message)
+        if word:
+            message += f'; quote a word to avoid together with the others: "beach {word[1]}"'
+        super().error(message)
+
     def parse_args(
         self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:

@@ -650,7 +650,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused_first(run, tmp_path)
 
 def test_one_validation_image_is_refused(run):
     """With a single validation image every recall would be 100 %."""
-    with pytest.raises(UserError, match="1 images are too few for validation"):
+    with pytest.raises(UserError, match="validation needs at least 2 images and has 1: choose"):
         run("one image", "--val-fraction", "0.05")
 
 
@@ -918,9 +918,16 @@ def test_sanity_check_of_good_data(check, capsys):
 @pytest.mark.parametrize("seed", range(3))
 def test_untrained_loss_is_near_ln_batch(check, capsys, seed):
     """The loss of an untrained model is near ln(8), but not equal to it, for any seed."""
-    assert check("--seed", str(seed)) == 0
+    assert check("--seed", str(seed), "--val-fraction", "0.25") == 0
     loss = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert 0 < abs(loss - 2.079) < 1
+
+
+def test_sanity_check_of_a_split_of_one_image(check, capsys):
+    """main.py reports what train.py refuses: one validation image."""
+    assert check("--val-fraction", "0.05") == 1
+    assert "validation needs at least 2 images and has 1: choose a larger --val-fraction" in \
+        capsys.readouterr().out.split("\nwrong:\n")[1]
 
 
 def break_data(kind: str, images: Path, annotations: Path) -> str:

@@ -51,6 +51,27 @@ class DataSource:
         return (f"{origin} has no validation images ({counts}): --val-fraction 0.1 takes a tenth "
                 "of the training images, --val-fraction 0 trains without validation")
 
+    def explain_small_split(self, split: str, n_images: int) -> str:
+        """Return why `n_images` images are too few for a split, and what to do; '' if enough.
+
+        With one validation image every recall would be 100 %, and one training image has no
+        negatives.
+
+        Args:
+            split: 'train' or 'val'.
+            n_images: the images of the split that can be used.
+        """
+        if n_images >= 2 or (split == "val" and not self.splits["val"]):
+            return ""
+        if self.annotations.has_split:
+            cure = "change the split of the caption files"
+        elif split == "val" and len(self.splits["train"]) > 2:
+            cure = "choose a larger --val-fraction"
+        else:
+            cure = "add images"
+        name = {"train": "training", "val": "validation"}[split]
+        return f"{name} needs at least 2 images and has {n_images}: {cure}"
+
 
 def scan_dataset(
     images: Path, annotations: Path | Sequence[Path], val_fraction: float | None = None,

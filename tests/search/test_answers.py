@@ -228,6 +228,19 @@ def test_a_text_after_images_is_a_query(
         search.main([*others, "red", "--images", folder, str(tmp_path / "missing")])
 
 
+def test_unquoted_words_are_explained(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Several words without quotes are queries of their own, and a note says so; a word to avoid
+    without quotes looks like a flag."""
+    search.main(["red", "circle", *flags])
+    assert "note: 2 queries; put quotes around words" in capsys.readouterr().err
+    search.main(["red circle", *flags])
+    assert "put quotes" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        search.main(["beach", "-people", *flags])
+    assert 'quote a word to avoid together with the others: "beach -people"' in \
+        capsys.readouterr().err
+
+
 # ---- Queries and output --------------------------------------------------------------------------
 
 
