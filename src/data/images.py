@@ -6,25 +6,27 @@ import io
 import logging
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImagePalette, UnidentifiedImageError
 
 from src.utils.errors import printable
 from src.utils.files import write_atomic
 
 # Version of the pixels of load_image. 2: ICC profiles, color-key transparency, small GIF frames.
-DECODER = 2
+# 3: ICC profiles of BMP, palettes of JPEG 2000.
+DECODER = 3
 MAX_PIXELS = 100_000_000  # what the largest cameras take; 2 GB of memory during conversion
 LARGE_PIXELS = 2**24
 LARGE = threading.Lock()  # large images are decoded one at a time, however many threads decode
@@ -106,6 +108,8 @@ def _decode(
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
         if image.format == "EPS":  # Pillow would run Ghostscript on it
             raise ValueError("PostScript is a program, not an image")
+        with suppress(KeyError, IndexError, ValueError, struct.error):  # a damaged header
+            _complete_colors(image)
         tiles = image.tile  # loading the image clears it
         with LARGE if n_pixels > LARGE_PIXELS else nullcontext(), \
                 _collect_stderr(messages) if image.format == "TIFF" else nullcontext():
@@ -193,6 +197,47 @@ def _transpose_method(image: Image.Image) -> Image.Transpose | None:
         return TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # corrupt EXIF does not affect the pixels
         return None
+
+
+def _complete_colors(image: Image.Image) -> None:
+    """Set the ICC profile of a BMP and the palette of a JPEG 2000 image before it is decoded.
+
+    Pillow does not read the profile. It removes repeated colors from the palette, which shifts the
+    following ones, and ignores the boxes that assign its columns to channels.
+    """
+    if image.format == "BMP":
+        image.fp.seek(14)  # after the file header
+        header = image.fp.read(124)
+        if header[:4] == b"\x7c\0\0\0" and header[56:60] == b"DEBM":  # version 5, embedded profile
+            start, size = struct.unpack_from("<II", header, 112)
+            image.fp.seek(14 + start)
+            image.info["icc_profile"] = image.fp.read(min(size, 2**24))
+    elif image.format == "JPEG2000" and image.mode == "P":
+        image.fp.seek(0)
+        boxes = _split_boxes(_split_boxes(image.fp.read(2**20))[b"jp2h"])
+        n_colors, n_columns = struct.unpack_from(">HB", boxes[b"pclr"])
+        table = np.frombuffer(boxes[b"pclr"], np.uint8, n_colors * n_columns, 3 + n_columns)
+        columns = list(boxes[b"cmap"][3::4])  # channel -> column
+        order = list(range(3))  # red, green, blue -> channel
+        for channel, kind, color in struct.iter_unpack(">3H", boxes.get(b"cdef", b"")[2:]):
+            if kind == 0 and color > 0:
+                order[color - 1] = channel
+        if n_columns == 3 and max(boxes[b"pclr"][3:6]) == 7:  # 8 bits each
+            table = table.reshape(-1, 3)[:, [columns[channel] for channel in order]]
+            image.palette = ImagePalette.ImagePalette("RGB", table.tobytes())
+            image.palette.dirty = 1  # load() applies it
+
+
+def _split_boxes(content: bytes) -> dict[bytes, bytes]:
+    """Return the content of the boxes of a JPEG 2000 file by their types, up to the codestream."""
+    boxes, start = {}, 0
+    while start + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, start)
+        if size < 8:  # the box extends to the end, or its size has 64 bits
+            break
+        boxes[kind] = content[start + 8 : start + size]
+        start += size
+    return boxes
 
 
 def _color_key_alpha(
@@ -292,7 +337,8 @@ def is_decoded_as_before(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.mode != "LAB" and "icc_profile" not in image.info and not (
-                image.format == "GIF" or image.format == "PNG" and "transparency" in image.info)
+                image.format in ("GIF", "BMP") or image.format == "JPEG2000" and image.mode == "P"
+                or image.format == "PNG" and "transparency" in image.info)
     except Exception:  # unreadable files are tried again
         return False
 

@@ -19,7 +19,7 @@ from src.utils.errors import printable
 
 BLOCK_SCORES = 1 << 20  # scores per block: 4 MB of float32, which stays in the cache
 FEW_QUERIES = 8
-DECODER = 2  # as in src/data/images.py, whose import takes longer than a search
+DECODER = 3  # as in src/data/images.py, whose import takes longer than a search
 THUMBNAIL_BYTES = 48  # 4x4 RGB
 DUPLICATE_CHANGE = 4  # of 255, which is more than a resized or recompressed copy changes
 

@@ -275,6 +275,57 @@ def test_a_gif_frame_smaller_than_its_canvas(tmp_path: Path) -> None:
     assert (pixels[~inside] == 255).all() and (pixels[inside] == 0).all()
 
 
+def test_the_profile_of_a_bmp_is_converted(tmp_path: Path) -> None:
+    """A BMP of version 5 has its ICC profile after the pixels."""
+    pixels, profile = noise(), make_profile((GREEN, RED, BLUE), 2.2)
+    rows = pixels[::-1, :, ::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 124, 16, 12, 1, 24, 0, len(rows), 0, 0, 0, 0)
+    header += bytes(16) + b"DEBM" + bytes(52) + struct.pack("<II", 124 + len(rows), len(profile))
+    content = header.ljust(124, b"\0") + rows + profile
+    path = tmp_path / "a.bmp"
+    path.write_bytes(b"BM" + struct.pack("<IHHI", 14 + len(content), 0, 0, 14 + 124) + content)
+    found = np.asarray(load_image(path)).astype(float)
+    assert abs(found - expected_srgb(pixels, (GREEN, RED, BLUE), 2.2)).max() < 3
+    path.write_bytes(path.read_bytes()[: -len(profile)])  # without its profile
+    np.testing.assert_array_equal(np.asarray(load_image(path)), pixels)
+
+
+@pytest.mark.parametrize("order", [None, (0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("columns", [(0, 1, 2), (1, 2, 0)])
+def test_the_palette_of_jpeg_2000(
+    tmp_path: Path, columns: tuple[int, ...], order: tuple[int, ...] | None
+) -> None:
+    """Palettes may repeat colors and give their channels in any order.
+
+    `columns` are those of the palette that make up the channels, `order` is the color of each.
+    """
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    palette = np.random.default_rng(1).integers(0, 256, (256, 3), np.uint8)
+    palette[[1, 7, 100]] = palette[0]
+    index = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    stream = io.BytesIO()
+    Image.fromarray(index).save(stream, "JPEG2000", no_jp2=True)
+    header = box(b"ihdr", struct.pack(">IIHBBBB", 16, 16, 1, 7, 7, 0, 0))
+    header += box(b"colr", struct.pack(">BBBI", 1, 0, 0, 16))
+    header += box(b"pclr", struct.pack(">HB3B", 256, 3, 7, 7, 7) + palette.tobytes())
+    header += box(b"cmap", b"".join(struct.pack(">HBB", 0, 1, column) for column in columns))
+    if order:
+        header += box(b"cdef", struct.pack(">H", 3) + b"".join(
+            struct.pack(">3H", channel, 0, 1 + color) for channel, color in enumerate(order)))
+    path = tmp_path / "a.jp2"
+    path.write_bytes(box(b"jP  ", b"\r\n\x87\n") + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
+                     + box(b"jp2h", header) + box(b"jp2c", stream.getvalue()))
+    expected = np.zeros((256, 3), np.uint8)
+    for channel, color in enumerate(order or range(3)):
+        expected[:, color] = palette[:, columns[channel]]
+    np.testing.assert_array_equal(np.asarray(load_image(path)), expected[index])
+    cut = path.read_bytes().replace(b"cmap", b"free")  # a damaged header is not an error
+    path.write_bytes(cut)
+    assert load_image(path).size == (16, 16)
+
+
 @pytest.mark.skipif(not CASES.exists(), reason="the cases are not there")
 @pytest.mark.parametrize(("name", "place", "color"), [
     ("search-02/red_square_swapped_primaries.png", (32, 32), (255, 0, 0)),

@@ -294,7 +294,7 @@ def test_an_index_cannot_run_code(tmp_path: Path, images: Path, model: DualEncod
 
 
 GOOD_INDEX = {
-    "checkpoint": "x", "names": GOOD, "signatures": [[1, 2]] * 6, "failed": {}, "decoder": 2,
+    "checkpoint": "x", "names": GOOD, "signatures": [[1, 2]] * 6, "failed": {}, "decoder": 3,
     "digests": ["00"] * 6, "notes": {}, "about": {},
     "thumbnails": base64.b64encode(bytes(6 * 48)).decode(),
 }
@@ -307,7 +307,7 @@ GOOD_INDEX = {
     {"signatures": 7}, {"signatures": {}}, {"failed": []}, {"failed": {"a": 1}},
     {"failed": {"a": [1, 2, 3]}}, {"failed": {"a": []}}, {"digests": [1] * 6}, {"digests": None},
     {"thumbnails": "A"}, {"thumbnails": "AAAA"}, {"thumbnails": 5}, {"notes": []},
-    {"notes": {"a": 1}}, {"about": {"folder": 1}}, {"about": None}, {"decoder": "2"},
+    {"notes": {"a": 1}}, {"about": {"folder": 1}}, {"about": None}, {"decoder": "3"},
     {"decoder": 1}, {"decoder": None}, {"checkpoint": None}, {"checkpoint": ["x"]},
     {"embeddings": 5}, {"embeddings": None}, {"embeddings": ""}, {"embeddings": ".."},
     {"embeddings": "none.npy"}, {"embeddings": "\0"}, {"embeddings": "x" * 5000},
