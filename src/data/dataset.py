@@ -87,13 +87,17 @@ class Flickr30kDataset:
         self, records: list[ImageRecord], store: PixelStore, tokenizer: Tokenizer
     ) -> None:
         """Tokenize all captions once; images that are not in `store` are left out."""
+        # Images that could not be decoded have no row; the caller reports them.
         self.records = [record for record in records if record.name in store.rows]
         self.images: np.ndarray | torch.Tensor = store.pixels
+        # The rows of the store are in the order of decoding, and another split has rows in between.
         self.store_rows = np.array([store.rows[record.name] for record in self.records], np.int64)
         self.captions = [caption for record in self.records for caption in record.captions]
+        # Ground truth as data: an image may have any number of captions.
         counts = torch.tensor([len(record.captions) for record in self.records], dtype=torch.int64)
         self.image_index = torch.repeat_interleave(torch.arange(len(counts)), counts)
         self.first_caption = torch.cumsum(counts, 0) - counts
+        # Once: (M, L) int64 takes 40 MB for Flickr30k, and an epoch then only indexes.
         self.tokens = tokenizer.encode(self.captions)
         self.has_known_word = (self.tokens > tokenizer.unk_id).any(dim=1)
 
@@ -105,12 +109,14 @@ class Flickr30kDataset:
         """Return a hash of names and captions, to detect that a run is resumed on other data."""
         digest = hashlib.blake2b(digest_size=8)
         for record in self.records:
+            # Names of files need not be valid Unicode.
             digest.update(repr((record.name, record.captions)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def pixel_digest(self) -> str:
         """Return a hash of every 16th row of each image, to detect changed image files."""
         digest = hashlib.blake2b(digest_size=8)
+        # All pixels would be gigabytes to read; a changed image differs in some of these rows.
         for rows in np.array_split(self.store_rows, 1 + len(self.store_rows) // 1024):
             digest.update(np.ascontiguousarray(self.images[rows, ::16]))
         return digest.hexdigest()
@@ -121,13 +127,14 @@ class Flickr30kDataset:
         Args:
             images: (N, F) features of a frozen image encoder, or (N, S, S, 3) pixels on a GPU.
         """
-        other = copy(self)
+        other = copy(self)  # captions and tokens are shared
         other.images, other.store_rows = images, np.arange(len(self.records))
         return other
 
     def take_images(self, indices: np.ndarray) -> torch.Tensor:
         """Return the stored images `indices` (B,): (B, S, S, 3) uint8, or (B, F) features."""
         rows = self.store_rows[indices]
+        # A tensor is on the training device: indexing there needs no copy from the host.
         if isinstance(self.images, torch.Tensor):
             return self.images[torch.from_numpy(rows).to(self.images.device, non_blocking=True)]
         return torch.from_numpy(self.images[rows])
@@ -135,9 +142,10 @@ class Flickr30kDataset:
     def batch(self, items: list[Item], local: range | None = None) -> Batch:
         """Return the batch of `items`, with the images and captions of `local` (None: of all)."""
         local = range(len(items)) if local is None else local
+        # Only the local images are read: each rank pays for its own part.
         own = items[local.start : local.stop]
         captions = np.concatenate([np.empty(0, np.int64), *(chosen for _, chosen in own)])
-        counts = [len(chosen) for _, chosen in items]
+        counts = [len(chosen) for _, chosen in items]  # of all ranks, for gathering
         return Batch(
             images=self.take_images(np.array([image for image, _ in own], np.int64)),
             tokens=self.tokens[torch.from_numpy(captions)],
