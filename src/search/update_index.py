@@ -299,10 +299,11 @@ def _update(
 
         broadcast_object((images, {name: found[name] for name in new}, reusable))
     about = {**about, "folder": str(images.resolve())}
-    if not (new or moved or index.names != [name for name in index.names if name in kept | gone]
+    remaining = kept | gone  # once: a set of 50,000 names takes milliseconds to make
+    if not (new or moved or not remaining.issuperset(index.names)
             or failed != index.failed or writable and about != index.about):
         return index
-    updated = _carry_over(index, kept | gone, moved, found)
+    updated = _carry_over(index, remaining, moved, found)
     updated.failed = failed
     if not writable:
         return updated
