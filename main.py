@@ -32,7 +32,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import printable, run_script
+from src.utils.errors import printable, run_script, shorten
 from src.utils.runtime import pick_device, seed_all
 
 MAX_LINES = 30  # of problems that are printed
@@ -111,7 +111,7 @@ def check_data(source: DataSource) -> list[str]:
     groups = identical_images(source)
     print(f"           {len(train & val):,} captions occur in both train and val\n"
           f"           {len(groups):,} groups of byte-identical images are in train and elsewhere"
-          + (f", such as {shorten(groups[0])}" if groups else ""))
+          + (f", such as {shorten(groups[0], ' = ')}" if groups else ""))
     problems = []
     if outside := find_outside(source):
         problems.append(f"{len(outside):,} images are links to files outside the image folder, "
@@ -146,12 +146,6 @@ def identical_images(source: DataSource) -> list[list[str]]:
             groups += [sorted(name for _, name in files) for files in by_content.values()
                        if len({is_train for is_train, _ in files}) == 2]
     return groups
-
-
-def shorten(names: list[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return printable(" = ".join(names[:3])) + more
 
 
 def find_outside(source: DataSource) -> list[str]:

@@ -163,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--offset", type=cli.non_negative_int, default=0, metavar="N",
                         help="skip the N best (default: %(default)s)")
     output.add_argument("--min-score", type=float, default=float("-inf"), metavar="X",
-                        help="only photos with at least this score")
+                        help="only photos with at least this score, from -1 to 1 (default: all)")
     output.add_argument("--duplicates", action="store_true",
                         help="show near duplicates one by one")
     output.add_argument("--explain", action="store_true",
@@ -255,10 +255,10 @@ def known_captions(data: DataPaths) -> dict[str, tuple[str, ...]]:
     if not paths:
         return {}
     from src.data.captions import read_annotations
-    from src.data.source import find_images
+    from src.data.source import match_image_names
 
     read = read_annotations(paths, **data.columns,
-                            find_images=functools.partial(find_images, data.images))
+                            match_image_names=functools.partial(match_image_names, data.images))
     return {record.name: record.captions for record in read.records}
 
 

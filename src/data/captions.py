@@ -77,7 +77,7 @@ class Annotations:
 def read_annotations(
     paths: Path | Sequence[Path], image_column: str | None = None,
     caption_columns: Sequence[str] = (), split_column: str | None = None,
-    find_images: Callable[[list[str]], dict[str, str]] | None = None,
+    match_image_names: Callable[[list[str]], dict[str, str]] | None = None,
 ) -> Annotations:
     """Read caption files of any known layout.
 
@@ -87,8 +87,8 @@ def read_annotations(
         paths: one file or several.
         image_column, caption_columns, split_column: see `read_table`; None or empty to find the
             columns by their names.
-        find_images: from image names of the files to names below the image folder, for those where
-            they differ.
+        match_image_names: from image names of the files to names below the image folder, for those
+            where they differ.
 
     Raises:
         UserError: a file does not exist, cannot be read, or is in no known layout.
@@ -117,7 +117,7 @@ def read_annotations(
         raise UserError(f"cannot tell the split of {paths[has_split.index(False)]}: the names of "
                         "all caption files must contain train, val or test, or those of none")
     table = pd.concat(tables, ignore_index=True)
-    found = find_images(table["image"].unique().tolist()) if find_images else {}
+    found = match_image_names(table["image"].unique().tolist()) if match_image_names else {}
     return _collect(table, "; ".join(dict.fromkeys(layouts)), found)
 
 

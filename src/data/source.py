@@ -111,7 +111,7 @@ def scan_dataset(
         raise UserError(f"{images} is not an image folder")
     try:
         read = read_annotations(paths, image_column, caption_columns, split_column,
-                                find_images=partial(find_images, images))
+                                match_image_names=partial(match_image_names, images))
         names = {record.name for record in read.records}
         present = _find_files(images, names)
     except OSError as error:
@@ -140,7 +140,7 @@ def _find_files(images: Path, names: Iterable[str]) -> set[str]:
     return present | {name for name in names if "/" in name and os.path.isfile(images / name)}
 
 
-def find_images(images: Path, names: list[str]) -> dict[str, str]:
+def match_image_names(images: Path, names: list[str]) -> dict[str, str]:
     """Find the files of image names that are not names of files below the image folder.
 
     A name may be a longer path, also an absolute one or one with backslashes, lack the suffix, and

@@ -125,7 +125,7 @@ def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
     """Return one epoch of a run's log as a row below EPOCH_HEADER; `*` marks the best so far.
 
     Args:
-        line: of the log; without validation its metrics are empty, and shown as nan.
+        line: of the log; without validation its metrics are empty, and shown as `-`.
         is_best: whether its rsum is the highest so far.
         epochs: of the whole run, to estimate the time that is left.
     """

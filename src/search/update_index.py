@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.search.index import DECODER, THUMBNAIL_BYTES, ImageIndex
-from src.utils.errors import UserError, printable
+from src.utils.errors import SHOWN_NAMES, UserError, printable, shorten
 from src.utils.files import content_digest, exclusive_lock
 
 if TYPE_CHECKING:  # with an index that is up to date no model is needed, and no torch
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # with an index that is up to date no model is needed, and no
 
 BATCH_SIZE = 64
 SAVE_SECONDS = 30.0  # seconds between saves while embedding
-SHOWN = 3  # names of files in a message that counts more
 PAGE_MARK = b"// Photo search"  # how the search.js of a page starts
 
 # The extensions of Pillow's readers, and of formats that are named if they cannot be read. Listed
@@ -125,8 +124,7 @@ def find_images(images: Path, exclude: Iterable[str] = (), follow_links: bool = 
         UserError: there is no such folder.
     """
     if not images.is_dir():
-        raise UserError(f"there is no folder of photos {images}; give one with --images DIR "
-                        "(texts must come before it)")
+        raise UserError(f"there is no folder of photos {images}; give one with --images DIR")
     scan, links, visited = Scan(), [], set()
     skipped = _compile((*DEFAULT_EXCLUDES, *exclude)).match
     folders = [""]
@@ -291,7 +289,7 @@ def _update(
     gone = _check_missing(index, scan, folder, images, set(moved.values()), exclude, prune)
     new = [name for name in new if name not in moved]
     if new and not writable:
-        print(f"the index in {folder} cannot be written: {_files(new)} new or changed, and not "
+        print(f"the index in {folder} cannot be written: {shorten(new)} new or changed, and not "
               "searched", file=sys.stderr)
         new = []
     if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
@@ -402,26 +400,20 @@ def report(scan: Scan, index: ImageIndex, folder: Path) -> None:
         if reasons:
             print(f"{len(reasons):,} {title}:", file=sys.stderr)
         for reason, names in by_reason.items():
-            print(printable(f"  {_files(names)}: {reason}".replace("\n", " ")), file=sys.stderr)
-        if any(len(names) > SHOWN for names in by_reason.values()) and index.failed:
+            print(printable(f"  {shorten(names)}: {reason}".replace("\n", " ")), file=sys.stderr)
+        if any(len(names) > SHOWN_NAMES for names in by_reason.values()) and index.failed:
             print(f"  all names are in {folder / 'index.json'}", file=sys.stderr)
 
     failed = {name: entry[0] for name, entry in index.failed.items()}
     print_reasons("files cannot be read and are not searched", scan.unusable | failed)
     print_reasons("files are damaged and searched in part", index.notes)
     if scan.excluded:
-        print(printable(f"excluded: {_files(sorted(scan.excluded))}"), file=sys.stderr)
+        print(printable(f"excluded: {shorten(sorted(scan.excluded))}"), file=sys.stderr)
     if scan.others:
         counts = ", ".join(f"{n:,} {suffix}" for suffix, n in scan.others.most_common(6))
         more = ", …" if len(scan.others) > 6 else ""
         print(printable(f"not images: {scan.others.total():,} files ({counts}{more})"),
               file=sys.stderr)
-
-
-def _files(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _embed_new(

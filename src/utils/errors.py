@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+SHOWN_NAMES = 3  # names in a message that counts more
+
 
 class UserError(Exception):
     """An error that only the user can correct; the message says how. Not for bugs of this code.
@@ -58,3 +60,9 @@ def printable(text: str) -> str:
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
                    for c in text)
+
+
+def shorten(names: list[str], separator: str = ", ") -> str:
+    """Return the first names of a list as text, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return printable(separator.join(names[:SHOWN_NAMES])) + more

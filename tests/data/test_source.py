@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from src.data.captions import ImageRecord
-from src.data.source import DataSource, find_images, limit_images, scan_dataset, split_by_image
+from src.data.source import (
+    DataSource,
+    limit_images,
+    match_image_names,
+    scan_dataset,
+    split_by_image,
+)
 from src.models.tokenizer import Tokenizer, split_words
 from src.utils.errors import UserError
 
@@ -215,8 +221,8 @@ def test_a_name_that_fits_two_files_is_not_found(tmp_path: Path) -> None:
                           "val/d.jpg", "e.jpg")
     names = ["a", "x/B.JPG", "c.jpg", "C.jpg", "d.jpg", "/1/e.jpg", "/2/e.jpg", "../e.jpg",
              "photos/../e.jpg", "/etc/passwd", "f.jpg", "", "..", "/"]
-    assert find_images(images, names) == {}
-    assert find_images(images, ["photos/b.jpg", "/val/d.jpg"]) == {
+    assert match_image_names(images, names) == {}
+    assert match_image_names(images, ["photos/b.jpg", "/val/d.jpg"]) == {
         "photos/b.jpg": "b.jpg", "/val/d.jpg": "val/d.jpg"}
 
 
@@ -231,7 +237,7 @@ def test_finding_images_only_adds(tmp_path: Path) -> None:
         files = {f for f in files if f and not any(o.startswith(f"{f}/") for o in files)}
         images = write_images(folder, *files)
         names = ["/".join(rng.choices(parts, k=rng.randint(1, 3))) for _ in range(6)] + ["z.jpg"]
-        found = find_images(images, names)
+        found = match_image_names(images, names)
         assert set(found.values()) <= files and not found.keys() & files
         kept = [name for name in names if name in files]
         assert not set(found.values()) & set(kept)
