@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- answers -------------------------------------------------------------------------------
     chosen = Filter(args.top, args.offset, args.min_score, args.duplicates)
-    answers = [answer_text(query, library, chosen) for query in queries]
+    answers = [answer_text(query, library, chosen, table.weak_score) for query in queries]
     captions = known_captions(data) if args.image or args.page or args.serve is not None else {}
     if args.image:
         texts = sorted({caption for own in captions.values() for caption in own})
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"drawn: {args.sheet}", file=sys.stderr)
     if args.page or args.serve is not None:
         page = args.page or results.folder / "page"
-        write_page(page, table, library, captions, args.page_words)
+        write_page(page, table, library, captions, args)
         if args.serve is not None:
             from src.search.page_server import serve_page
 
@@ -173,6 +173,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="draw the answers as a picture")
     output.add_argument("--page", type=Path, metavar="DIR",
                         help="write a web page that searches by itself")
+    output.add_argument("--page-title", default="Photo search", metavar="TEXT",
+                        help="title of the page (default: %(default)s)")
     output.add_argument("--page-words", type=cli.positive_int, default=20_000, metavar="N",
                         help="words that the page knows, those of the captions first "
                         "(default: %(default)s)")
@@ -303,20 +305,22 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
 
 def write_page(
     folder: Path, table: WordTable, library: Library, captions: dict[str, tuple[str, ...]],
-    max_words: int,
+    args: argparse.Namespace,
 ) -> None:
     """Write the web page of a library."""
     from src.search import page
 
     written = page.write_page(
         folder,
-        words=table.words[:max_words],
-        word_embeddings=table.vectors[:max_words],
+        words=table.words[: args.page_words],
+        word_embeddings=table.vectors[: args.page_words],
         names=library.names,
         image_embeddings=library.index.embeddings,
         captions=[list(captions.get(name, ())) for name in library.names],
         paths=[Path(path) for path in library.paths],
         groups=library.index.groups(),
+        weak_score=table.weak_score,
+        title=args.page_title,
     )
     for name, reason in written["skipped"]:
         print(printable(f"not in the page: {name}: {reason}"), file=sys.stderr)

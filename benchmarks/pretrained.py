@@ -35,13 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     model, tokenizer, content = load_checkpoint(args.checkpoint)
     # Without the run's flags, whose paths are those of the machine that trained it.
-    save_compact(args.output, model, tokenizer, epoch=content["epoch"], args={})
+    saved = {"epoch": content["epoch"], "args": {}}
+    save_compact(args.output, model, tokenizer, **saved)
     size = args.output.stat().st_size
     if size > MAX_BYTES:
         raise UserError(f"{args.output} has {size:,} bytes, more than {MAX_BYTES:,}: train with a "
                         "larger --min-freq or a smaller --image-encoder")
     config, flags = model.config, content["args"]
     metrics = measure(args.output, flags)
+    # Once more, with the score below which a search calls a match weak.
+    save_compact(args.output, model, tokenizer, **saved,
+                 metrics={name: metrics[name] for name in ("rsum", "weak_score")})
     recalls = [" / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
                for direction in ("image_to_text", "text_to_image")]
     write_atomic(args.output.with_name("README.md"), f"""\

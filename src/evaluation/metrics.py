@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 RECALL_AT = (1, 5, 10)
+WEAK_QUANTILE = 0.1
 CACHED_ELEMENTS = 2**26  # similarities in memory at a time: 256 MB
 
 
@@ -112,8 +113,28 @@ def summarize_ranks(
 def retrieval_metrics(
     image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_index: torch.Tensor
 ) -> dict[str, float]:
-    """Return the metrics of `summarize_ranks` for (N, D), (M, D) embeddings and (M,) indices."""
-    return summarize_ranks(*retrieval_ranks(image_embeddings, text_embeddings, image_index))
+    """Return the metrics of `summarize_ranks` for (N, D), (M, D) embeddings and (M,) indices.
+
+    They also hold `weak_score`, see there.
+    """
+    ranks = retrieval_ranks(image_embeddings, text_embeddings, image_index)
+    return summarize_ranks(*ranks) | {
+        "weak_score": weak_score(image_embeddings, text_embeddings, image_index)}
+
+
+def weak_score(
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_index: torch.Tensor
+) -> float:
+    """Return the score that nine in ten captions exceed with their own image.
+
+    A search calls results below it weak matches. Arguments are those of `retrieval_ranks`.
+    """
+    own = []
+    for rows, owners in zip(text_embeddings.split(8192), image_index.split(8192), strict=True):
+        images = image_embeddings[owners.to(image_embeddings.device)]
+        own.append((rows.float() * images.float()).sum(1).cpu())
+    # NaN counts against the model.
+    return torch.cat(own).nan_to_num(nan=-1.0).quantile(WEAK_QUANTILE).item()
 
 
 EPOCH_HEADER = """\

@@ -112,12 +112,18 @@ def file_uri(path: str) -> str:
     return "file://" + quote_from_bytes(os.fsencode(os.path.abspath(path)))
 
 
-def answer_text(query: TextQuery, library: Library, chosen: Filter) -> dict:
-    """Return the best images of a text, with the contributions of its words."""
+def answer_text(
+    query: TextQuery, library: Library, chosen: Filter, weak_score: float | None = None
+) -> dict:
+    """Return the best images of a text, with the contributions of its words.
+
+    Results below `weak_score` are marked as weak; None marks none.
+    """
     results, rows = find_results(library, query.embedding, chosen)
     contributions = query.word_contributions(library.index.embeddings[rows])  # (K, W)
     for result, values in zip(results, contributions.tolist(), strict=True):
         result["word_contributions"] = list(zip(query.words, values, strict=True))
+        result["weak"] = weak_score is not None and result["score"] < weak_score
     return {"query": query.text, "unknown": query.unknown, "results": results}
 
 
@@ -167,6 +173,10 @@ def format_answer(answer: dict, explain: bool) -> str:
             lines.append(" " * 14 + "  ".join(
                 f"{word}{'?' if word.removeprefix('-') in answer['unknown'] else ''} {value:+.3f}"
                 for word, value in result["word_contributions"]))
+    weak = [result["rank"] for result in answer["results"] if result.get("weak")]
+    if weak:
+        lines.append(f"      weak matches from number {weak[0]} on: nine in ten captions score "
+                     "higher with their photo")
     if answer.get("captions"):
         lines.append("captions that fit it best")
         lines += [f"      {fit['score']:6.3f}  {printable(fit['caption'])}"

@@ -3,9 +3,10 @@
 The embedding of a text is a mean of word vectors, which a browser can compute. The folder opens
 from disk and works on any static host:
 
-    index.html, style.css, search.js, view.js, icon.svg
+    index.html, style.css, search.js, view.js, photo.js, icon.svg
     data/words.js         the vocabulary and its vectors, int8 with a float32 scale for each word
-    data/photos-000.js …  names, captions and embeddings of the images, in the same form
+    data/photos-000.js    names, captions and embeddings of a sample of the images, in the same form
+    data/photos-001.js …  of the other images, in larger files; the page searches what is loaded
     t/, f/                thumbnails and large images, named by the digest of their content
 
 The data files are scripts that hold base64: a page opened from disk may load scripts, not fetch.
@@ -33,9 +34,10 @@ from src.utils.errors import UserError
 from src.utils.files import write_atomic
 
 ASSETS = Path(__file__).with_name("page_assets")
-ASSET_NAMES = ("search.js", "view.js", "style.css", "icon.svg")
-THUMBNAIL, FULL_SIZE = 256, 1024  # longest side in pixels
-IMAGES_PER_FILE = 4096  # about 3 MB with five captions each; the page searches what is loaded
+ASSET_NAMES = ("search.js", "view.js", "photo.js", "style.css", "icon.svg")
+THUMBNAIL, FULL_SIZE = 384, 1024  # longest side in pixels
+FIRST_IMAGES = 256  # in the first data file: on a slow line the page answers after 0.2 MB
+IMAGES_PER_FILE = 4096  # in each other one, about 3 MB with five captions each
 PICTURE = re.compile(r"[0-9a-f]{20}_\d+x\d+")  # digest, and the size, for the layout of the page
 
 
@@ -49,6 +51,7 @@ def write_page(
     captions: list[list[str]],
     paths: list[Path],
     groups: list[int] | None = None,
+    weak_score: float | None = None,
     title: str = "Photo search",
     progress: bool = True,
 ) -> dict:
@@ -67,6 +70,7 @@ def write_page(
         captions: shown with each image, which may have none.
         paths: the N image files.
         groups: N numbers, the same for near duplicates; None if there are none.
+        weak_score: the page calls matches with a lower score weak; None for none.
         title: of the page.
         progress: show progress bars.
 
@@ -91,21 +95,26 @@ def write_page(
     parts = {name: _write(folder, name, (ASSETS / name).read_bytes()) for name in ASSET_NAMES}
     pictures, reasons, made = _write_pictures(folder, paths, progress)
     kept = [i for i in range(n_images) if not reasons[i]]
-    data = {"data/words.js": _script("addWords", {
-        "dim": dim, "photos": len(kept), "words": words,
-        "examples": example_queries(words, [captions[i] for i in kept]),
-        **quantize(word_embeddings),
-    })}
-    for start in range(0, len(kept), IMAGES_PER_FILE):
-        block = kept[start:start + IMAGES_PER_FILE]
-        data[f"data/photos-{start // IMAGES_PER_FILE:03}.js"] = _script("addPhotos", {
+    data, urls = {}, []
+    for number, block in enumerate(split_rows(kept)):
+        name = f"data/photos-{number:03}.js"
+        data[name] = _script("addPhotos", {
             "names": [names[i] for i in block], "groups": [groups[i] for i in block],
             "captions": [[_well_formed(caption) for caption in captions[i]] for i in block],
             "pictures": [pictures[i] for i in block],
             **quantize(image_embeddings[block]),
         })
-    for name, content in data.items():
-        parts[name] = _write(folder, name, content)
+        urls.append(_write(folder, name, data[name]))
+    examples, known_words = suggest_queries(
+        words, word_embeddings, image_embeddings[kept], [captions[i] for i in kept])
+    data["data/words.js"] = _script("addWords", {
+        "dim": dim, "photos": len(kept), "words": words, "examples": examples,
+        "knownWords": known_words, "weakScore": weak_score, "files": urls[1:],
+        **quantize(word_embeddings),
+    })
+    parts["data/words.js"] = _write(folder, "data/words.js", data["data/words.js"])
+    if urls:
+        parts["data/photos-000.js"] = urls[0]
     # index.html is written last: it names the files that belong together.
     write_atomic(folder / "index.html", _index(title, parts))
     _remove_stale(folder, set(data), {pictures[i] for i in kept})
@@ -198,14 +207,59 @@ def quantize(rows: np.ndarray) -> dict[str, str]:
             "scales": base64.b64encode(scales.tobytes()).decode()}
 
 
-def example_queries(words: list[str], captions: list[list[str]], count: int = 6) -> list[str]:
-    """Return example queries: short captions of frequent words, or such words without captions."""
-    known = set(words[2:1000])
-    shortest = (min(own, key=len) for own in captions if own)
-    short = {" ".join(split) for split in map(split_words, shortest)
-             if 3 <= len(split) <= 7 and known.issuperset(split)}
-    pool = sorted(short, key=lambda text: hashlib.sha256(text.encode()).digest())
-    return pool[:count] or [word for word in words[2:80] if len(word) > 3][:count]
+def split_rows(rows: list[int]) -> list[list[int]]:
+    """Return the rows of each data file: in the first one a sample at regular intervals."""
+    count = min(FIRST_IMAGES, len(rows))
+    first = [rows[i * len(rows) // count] for i in range(count)]
+    sampled = set(first)
+    others = [row for row in rows if row not in sampled]
+    return [first] * bool(first) + [others[start:start + IMAGES_PER_FILE]
+                                    for start in range(0, len(others), IMAGES_PER_FILE)]
+
+
+def suggest_queries(
+    words: list[str], word_embeddings: np.ndarray, image_embeddings: np.ndarray,
+    captions: list[list[str]], n_examples: int = 6, n_words: int = 24,
+) -> tuple[list[str], list[str]]:
+    """Return example queries and known words that find something among these images.
+
+    Examples are short captions of frequent words that rank their own image among the first three,
+    or without captions the first of the known words. Known words are frequent, and have much higher
+    scores with a few of the images than with most.
+    """
+    sample = image_embeddings[np.linspace(0, len(image_embeddings) - 1, 2000).astype(int)
+                              if len(image_embeddings) > 2000 else slice(None)]
+    frequent = [i for i in range(2, min(1000, len(words))) if len(words[i]) > 2]
+    vectors = _unit_rows(word_embeddings[frequent])
+    scores = vectors @ sample.T  # (words, images)
+    spread = np.ptp(np.quantile(scores, [0.5, 0.99], axis=1), axis=0) if scores.size else []
+    chosen: list[int] = []
+    for i in np.argsort(-np.asarray(spread), kind="stable").tolist():
+        # Only one of "dog" and "dogs".
+        if len(chosen) < n_words and (vectors[chosen] @ vectors[i] < 0.6).all():
+            chosen.append(i)
+    known_words = [words[frequent[i]] for i in chosen]
+
+    known = {word: i for i, word in enumerate(words[:1000]) if i > 1}
+    pool = {}
+    for row, own in enumerate(captions):
+        split = split_words(min(own, key=len)) if own else []
+        if 3 <= len(split) <= 7 and known.keys() >= set(split):
+            pool.setdefault(" ".join(split), row)
+    order = sorted(pool, key=lambda text: hashlib.sha256(text.encode()).digest())[:200]
+    examples = []
+    for text in order:
+        vector = word_embeddings[[known[word] for word in text.split()]].sum(0)  # (D,)
+        found = image_embeddings @ vector
+        if (found > found[pool[text]]).sum() < 3:
+            examples.append(text)
+    return (examples or order or known_words)[:n_examples], known_words
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Return (n, D) rows at unit length; zeros stay zeros."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
 
 
 def _display_names(names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ whose import alone takes seconds.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -39,17 +40,21 @@ class WordTable:
         words: V words in the order of their ids, <pad> and <unk> first.
         args: flags of the training run, which name its image folder.
         vectors: (V, D) float32, each word in the shared space, not normalized.
+        weak_score: results with a lower score are weak matches, see `weak_score` in
+            `src.evaluation.metrics`; None if the checkpoint has no such metric.
     """
 
     checkpoint: str
     words: list[str]
     args: dict
     vectors: np.ndarray
+    weak_score: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError if values have the wrong type or do not fit each other."""
         if not (isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
-                and isinstance(self.args, dict)):
+                and isinstance(self.args, dict)
+                and isinstance(self.weak_score, float | None)):
             raise ValueError("values of another type")
         if len(self.words) != len(self.vectors) or self.words[:2] != [PAD, UNK]:
             raise ValueError(f"{len(self.vectors)} vectors for {len(self.words)} words")
@@ -95,7 +100,8 @@ def load_words(
         try:
             content, vectors = load_matrix(folder, "words")
             if (content["checkpoint"], content.get("word_vectors", "")) == (key, vectors_key):
-                return WordTable(key, content["words"], content["args"], vectors)
+                return WordTable(key, content["words"], content["args"], vectors,
+                                 content.get("weak_score"))
         except FileNotFoundError:
             pass
         except (ValueError, KeyError) as error:
@@ -114,16 +120,23 @@ def load_words(
                 if word_vectors:
                     words, vectors = expand_vocabulary(
                         words, vectors, *load_word_vectors(word_vectors, set(words)))
-                table = WordTable(key, words, args, vectors)
+                table = WordTable(key, words, args, vectors, weak_score_of(content))
                 save_matrix(folder, "words", {
                     "checkpoint": key, "word_vectors": vectors_key, "words": table.words,
-                    "args": table.args}, table.vectors)
+                    "args": table.args, "weak_score": table.weak_score}, table.vectors)
             return table
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (table := stored()):
             return table  # on a read-only disk
         raise UserError(f"cannot keep word vectors in {folder}: {error.strerror or error}; choose "
                         "another place with --index-dir") from error
+
+
+def weak_score_of(content: dict) -> float | None:
+    """Return the `weak_score` among the metrics of a checkpoint; None if it has none."""
+    metrics = content.get("metrics")
+    score = metrics.get("weak_score") if isinstance(metrics, dict) else None
+    return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 @dataclass

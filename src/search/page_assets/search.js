@@ -2,17 +2,21 @@
 //
 // The embedding of a text is the mean of its word vectors at unit length, and a score is its dot
 // product with the embedding of an image. The scripts in data/ call addWords once and addPhotos for
-// each block of images: a page opened from disk may not fetch. view.js displays the results.
+// each block of images: a page opened from disk may not fetch. view.js displays the results, and
+// photo.js an opened one.
 "use strict";
 
 const UNKNOWN = 1; // id of <unk>
 
 let dim = 0;
-let examples = [];
+let examples = []; // queries
+let knownWords = []; // some words that fit photos of this page
+let weakScore = -Infinity; // lower scores are weak matches
 // Vectors: int8 codes (rows, dim), and for each row the scale that converts them to floats.
 const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
 const photos = {
   total: 0, count: 0, // images of the page, and how many of them are loaded
+  first: 0, // images of the first file
   names: [], captions: [], pictures: [], codes: null, scales: null,
   groups: [], groupSizes: new Map(), // near duplicates have the same group
 };
@@ -30,7 +34,9 @@ const codesOf = (data) => new Int8Array(bytesOf(data.codes).buffer);
 const scalesOf = (data) => new Float32Array(bytesOf(data.scales).buffer);
 
 function addWords(data) {
-  ({ dim, examples } = data);
+  ({ dim, examples, knownWords } = data);
+  weakScore = data.weakScore ?? -Infinity;
+  dataFiles.push(...data.files);
   vocabulary.words = data.words;
   data.words.forEach((word, id) => id > UNKNOWN && vocabulary.ids.set(word, id));
   vocabulary.codes = codesOf(data);
@@ -53,11 +59,33 @@ function addPhotos(data) {
     photos.groupSizes.set(data.groups[i], (photos.groupSizes.get(data.groups[i]) ?? 0) + 1);
   }
   photos.count = photos.names.length;
+  photos.first ||= photos.count;
   // Run for 20 ms, so that the browser compiles the ranking before the first query.
   const end = performance.now() + 20;
   while (!first && performance.now() < end) photosLike(0, 24);
   schedule();
 }
+
+// The data files after the first one, which are loaded one after the other: on a slow line they
+// would delay the first one, with which the page can search already.
+const dataFiles = [];
+const dataPolicy = globalThis.trustedTypes?.createPolicy("data-files", {
+  createScriptURL(url) {
+    if (!/^data\/photos-\d+\.js\?v=[0-9a-f]+$/.test(url)) throw new TypeError(url);
+    return url;
+  },
+});
+
+function loadNextFile() {
+  const url = dataFiles.shift();
+  if (!url) return;
+  const script = document.createElement("script");
+  script.src = dataPolicy ? dataPolicy.createScriptURL(url) : url;
+  for (const event of ["load", "error"]) script.addEventListener(event, loadNextFile);
+  document.head.append(script);
+}
+
+addEventListener("DOMContentLoaded", loadNextFile); // after the scripts of index.html
 
 // The words of src/models/tokenizer.py: runs of letters, digits and their marks; each Han, Hiragana
 // and Katakana character is a word. Variation selectors and joiners are not part of a word.
@@ -86,6 +114,21 @@ function encode(text) {
   const known = ids.some((id, i) => id !== UNKNOWN && i < wanted.length);
   const labels = words.map((word, i) => (i < wanted.length ? word : `-${word}`));
   return { words, labels, ids, signs, known, vector, length };
+}
+
+// The text with its last word completed to the most frequent word that starts with it, if the word
+// is not known as it is: { text, typed, word }.
+function complete(text) {
+  const tail = text.match(/[\p{L}\p{N}\p{M}]+$/u)?.[0] ?? "";
+  const [typed, ...others] = splitWords(tail);
+  if (typed && !others.length && !vocabulary.ids.has(typed)) {
+    for (const word of vocabulary.ids.keys()) {
+      if (word.startsWith(typed)) {
+        return { text: text.slice(0, text.length - tail.length) + word, typed, word };
+      }
+    }
+  }
+  return { text, typed: "", word: "" };
 }
 
 function addRow(vector, { codes, scales }, row, sign = 1) {
@@ -147,10 +190,10 @@ function bestPhotos(vector, k) {
   return best;
 }
 
-// The k best images that are no near duplicates of a better one.
-function bestGroups(vector, k) {
+// The k best images that are no near duplicates of a better one, or of the image `skip`.
+function bestGroups(vector, k, skip = -1) {
   for (let n = k + 16; ; n *= 2) {
-    const seen = new Set();
+    const seen = new Set(skip < 0 ? [] : [photos.groups[skip]]);
     const found = bestPhotos(vector, n).filter(({ photo }) => {
       const group = photos.groups[photo];
       return !seen.has(group) && Boolean(seen.add(group));
@@ -159,11 +202,26 @@ function bestGroups(vector, k) {
   }
 }
 
-function photosLike(photo, k) {
+function vectorOf(photo) {
   const vector = new Float64Array(dim);
   addRow(vector, photos, photo);
   normalize(vector); // its length is not exactly 1 after rounding
-  return bestPhotos(vector, k + 1).filter((other) => other.photo !== photo).slice(0, k);
+  return vector;
+}
+
+function photosLike(photo, k) {
+  return bestPhotos(vectorOf(photo), k + 1).filter((other) => other.photo !== photo).slice(0, k);
+}
+
+// The first k images in an order that mixes those of the first file, which are taken from everywhere
+// in the folder; the others follow. Any k have the same beginning.
+function samplePhotos(k) {
+  const { first } = photos;
+  const divisor = (a, b) => (b ? divisor(b, a % b) : a);
+  let step = Math.max(1, Math.round(first * 0.618));
+  while (divisor(step, first) > 1) step += 1;
+  return Array.from({ length: Math.min(k, photos.count) }, (_, i) =>
+    ({ photo: i < first ? (i * step) % first : i }));
 }
 
 // The optimal string alignment distance of two arrays of letters, as edit_distance in

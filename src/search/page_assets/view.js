@@ -3,8 +3,7 @@
 // Captions and names are untrusted: they become text nodes and attributes, never markup.
 "use strict";
 
-const COUNTS = [12, 24, 48, 96];
-const ALIKE = 8; // similar images shown below an open one
+const PAGE = 24; // results that are added at a time
 const LONGEST_QUERY = 2000; // characters; far more than the words that are used
 
 // ---- The state is in the URL, so that it can be shared and the back button works ----------------
@@ -14,20 +13,19 @@ let typing = false; // while a query is typed, its history entry is replaced
 
 function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  const count = Number(parts.get("n"));
   return {
     text: (parts.get("q") ?? "").slice(0, LONGEST_QUERY),
-    count: COUNTS.includes(count) ? count : 24,
+    like: parts.get("like") ?? "", // a photo is the query instead of a text
     photo: parts.get("photo") ?? "",
     all: parts.get("d") === "1", // near duplicates are shown one by one
   };
 }
 
 function addressOf(changes) {
-  const { text, count, photo, all } = { ...state, ...changes };
+  const { text, like, photo, all } = { ...state, ...changes };
   const parts = new URLSearchParams();
   if (text) parts.set("q", text);
-  if (count !== 24) parts.set("n", count);
+  if (like) parts.set("like", like);
   if (photo) parts.set("photo", photo);
   if (all) parts.set("d", "1");
   return `#${parts}`;
@@ -49,28 +47,23 @@ function openedBefore() {
   return history.state?.opened ?? 0;
 }
 
-function closePhoto() {
-  const opened = openedBefore();
-  state.photo = "";
-  drawnPhoto = "";
-  if (opened) history.go(-opened);
-  else go({}, { replace: true });
-}
-
 // ---- Drawing ------------------------------------------------------------------------------------
+
+// The address of a link. Its text is the one that was searched for: while letters are typed that do
+// not change the completed query, the links stay as they are.
+const linkTo = (changes) => addressOf({ text: drawnText, ...changes });
 
 const get = (id) => document.getElementById(id);
 const box = get("query");
-const countBox = get("count");
 const list = get("results");
-const dialog = get("photo");
 const title = document.title;
 const cards = new Map(); // image -> its <li>, kept while it is shown
 let results = []; // the hits in the list, in order
+let largest = 0; // the largest contribution of a word among the first results
 let drawn = ""; // the state that is drawn
-let drawnPhoto = "";
-let lastPhoto = -1;
-let more = 0; // results beyond the chosen number, after scrolling
+let drawnText = ""; // the query with its last word completed
+let more = 0; // results beyond the first PAGE
+let missingFiles = false;
 let waiting = false;
 
 // Every change requests a drawing; there is at most one per frame.
@@ -109,102 +102,174 @@ function signed(value, digits) {
   return (value < 0 ? "\u2212" : "+") + text;
 }
 
+// Width and height in pixels of the large image, from its name: DIGEST_WIDTHxHEIGHT.
+const sizeOf = (photo) => photos.pictures[photo].split("_")[1].split("x").map(Number);
+
 function picture(photo, folder) {
-  const name = photos.pictures[photo]; // digest_WIDTHxHEIGHT
-  const [width, height] = name.split("_")[1].split("x");
+  const [width, height] = sizeOf(photo);
   return el("img", {
-    src: `${folder}/${name}.jpg`, alt: labelOf(photo), width, height,
+    src: `${folder}/${photos.pictures[photo]}.jpg`, alt: labelOf(photo), width, height,
     loading: folder === "t" ? "lazy" : "eager", decoding: "async",
   });
 }
 
 function draw() {
   if (!dim) return;
+  get("wait")?.remove();
   if (box.value !== state.text) box.value = state.text; // setting it always would move the cursor
-  countBox.value = state.count;
-  document.title = state.text ? `${tame(state.text)} – ${title}` : title;
-  const wanted = [state.text, state.count, photos.count, state.all];
-  if (drawn && JSON.stringify(JSON.parse(drawn).slice(0, 4)) !== JSON.stringify(wanted)) more = 0;
-  const key = JSON.stringify([...wanted, more]);
-  if (key !== drawn) drawSearch();
+  // While the last word is unfinished, its completion counts.
+  const completed = typing ? complete(state.text) : { text: state.text };
+  drawnText = completed.text;
+  const wanted = [completed.text, state.like, state.all];
+  const isNew = drawn && JSON.stringify(JSON.parse(drawn).slice(0, 3)) !== JSON.stringify(wanted);
+  if (isNew) {
+    more = 0;
+    scrollTo(0, 0);
+  }
+  const key = JSON.stringify([...wanted, photos.count, missingFiles, more]);
+  const [, , , count, , shown] = JSON.parse(drawn || "[]");
+  const isLonger = !isNew && count === photos.count && shown < more;
+  if (key !== drawn) drawSearch(completed, isLonger ? results.length : 0);
   drawn = key;
   drawPhoto();
 }
 
-function drawSearch() {
-  const query = encode(state.text);
-  const { known } = query;
+// What is searched for: a text, or with { like } the number of a photo.
+function currentQuery(text) {
+  const like = state.like ? photos.names.indexOf(state.like) : -1;
+  if (like < 0) return { ...encode(text), like };
+  return { ...encode(""), like, known: true, vector: vectorOf(like) };
+}
+
+function findPhotos(query, count) {
+  const { known, vector, like } = query;
+  if (isLost(query) || (state.like && like < 0 && isLoading())) return [];
+  if (!known) return samplePhotos(count);
+  if (!state.all) return bestGroups(vector, count, like);
+  return bestPhotos(vector, count + (like >= 0)).filter(({ photo }) => photo !== like)
+    .slice(0, count);
+}
+
+// Whether there are words to search for, and none of them is known.
+const isLost = ({ known, words, labels }) =>
+  !known && words.some((word, i) => word === labels[i]);
+const isLoading = () => photos.count < photos.total && !missingFiles;
+
+// Draw the results from number `first` on; those before are as they were.
+function drawSearch(completed, first) {
+  const query = currentQuery(completed.text);
   const started = performance.now();
-  const best = state.all ? bestPhotos : bestGroups;
-  if (known) results = best(query.vector, state.count + more);
-  else results = query.words.length ? [] : samplePhotos();
+  results = findPhotos(query, PAGE + more);
   const took = performance.now() - started;
-  drawIntro(!state.text.trim());
-  drawNotes(query, known);
-  drawResults(query, known);
-  get("more").hidden = !known || results.length < state.count + more;
+  const name = query.like >= 0 ? `Photos like ${labelOf(query.like)}` : tame(state.text);
+  document.title = name ? `${name} – ${title}` : title;
+  drawIntro(query);
+  drawNotes(query, completed);
+  drawResults(query, first);
+  const button = get("more");
+  button.hidden = results.length < PAGE + more;
+  nearEnd.unobserve(button); // observed again, it reports whether it is still near
+  nearEnd.observe(button);
   const time = took < 1 ? "less than 1 ms" : `${took.toFixed(0)} ms`;
-  get("time").textContent = known ? `${number(photos.count)} scored in ${time}` : "";
+  get("time").textContent = query.known ? `${number(photos.count)} scored in ${time}` : "";
 }
 
-// Images at regular intervals, shown before anything is typed.
-function samplePhotos() {
-  const shown = Math.min(state.count, photos.total);
-  return Array.from({ length: shown }, (_, i) => Math.floor((i * photos.total) / shown))
-    .filter((photo) => photo < photos.count)
-    .map((photo) => ({ photo }));
-}
+// ---- Above the photos: the introduction, and what to know about the results ---------------------
 
-function statusLine(query, known) {
-  const all = photos.count < photos.total
-    ? `the first ${number(photos.count)} of ${number(photos.total)} photos (more are loading)`
-    : `${number(photos.total)} photos`;
-  if (known) return `The ${results.length} best of ${all}`;
-  if (!query.words.length) return `${results.length} of ${all}`;
-  return query.words.length > 1
-    ? "None of these words is in the vocabulary, so nothing can be ranked."
-    : "This word is not in the vocabulary, so nothing can be ranked.";
-}
+const queryLink = (text, ...shown) =>
+  el("a", { href: linkTo({ text, like: "", photo: "" }) }, ...(shown.length ? shown : [bdi(text)]));
 
-function drawIntro(shown) {
+function drawIntro(query) {
+  const shown = isLost(query) ? "nothing" : state.like || state.text.trim() ? "" : "start";
   const intro = get("intro");
+  if (document.body.className === shown && intro.hidden !== Boolean(shown)) return;
   intro.hidden = !shown;
-  if (!shown || intro.hasChildNodes()) return;
-  intro.append(
-    el("p", { class: "lead" }, "Describe a photo in a few words."),
-    el("p", {}, `${number(photos.total)} photos are ranked as you type. `
-      + `The model knows ${number(vocabulary.ids.size)} words and ignores their order. `
-      + "A minus sign before a word avoids it."),
-    el("ul", { class: "examples", "aria-label": "Examples" }, ...examples.map((text) =>
-      el("li", {}, el("a", { href: addressOf({ text, photo: "" }) }, bdi(text))))),
-  );
+  document.body.className = shown;
+  const chips = (name, texts) => (texts.length ? [
+    el("ul", { class: "examples", "aria-label": name }, ...texts.map((text) =>
+      el("li", {}, queryLink(text))))] : []);
+  const words = number(vocabulary.ids.size);
+  if (shown === "start") {
+    intro.replaceChildren(
+      el("p", { class: "lead" }, "Describe a photo in a few words."),
+      el("p", {}, `${number(photos.total)} photos are ranked as you type. `
+        + `The model knows ${words} words and ignores their order. `
+        + "A minus sign before a word avoids it."),
+      ...chips("Examples", examples));
+  } else if (shown) {
+    intro.replaceChildren(
+      el("p", {}, "A photo is found by words that the model knows. Try one of these:"),
+      ...chips("Examples", examples),
+      el("p", {}, `Some of the ${words} words that it knows:`),
+      ...chips("Known words", knownWords));
+  }
 }
 
-function drawNotes(query, known) {
-  const notes = [[statusLine(query, known)]];
+function drawNotes(query, completed) {
+  const notes = [photosNote(query), likeNote(query), weakNote(query), ...wordNotes(query, completed),
+    duplicatesNote(query)];
+  get("notes").replaceChildren(...notes.filter(Boolean).map((note) => el("p", {}, ...note)));
+}
+
+// How many photos were searched.
+function photosNote(query) {
+  if (!photos.total) return ["There are no photos"];
+  if (!photos.count) return [missingFiles ? "No photo is loaded" : "Loading the photos …"];
+  if (isLost(query)) return ["Nothing found"];
+  const order = query.known ? ", the best first" : "";
+  if (photos.count === photos.total) return [`${number(photos.total)} photos${order}`];
+  return [`The first ${number(photos.count)} of ${number(photos.total)} photos${order}`,
+    missingFiles ? "; others are missing" : "; the others are loading …"];
+}
+
+function likeNote({ like }) {
+  if (!state.like) return null;
+  const end = el("a", { href: linkTo({ like: "", photo: "" }), "aria-label": "End" }, "×");
+  if (like >= 0) {
+    return [el("span", { class: "liked" }, "like ", picture(like, "t"), bdi(labelOf(like))), " ", end];
+  }
+  if (isLoading()) return null;
+  return ["There is no photo named ", bdi(state.like), " ", end];
+}
+
+function weakNote({ known, like }) {
+  const weak = known && like < 0 ? results.findIndex(({ score }) => score < weakScore) : -1;
+  if (weak < 0) return null;
+  const title = "Nine in ten captions of the validation photos have a higher score with their own "
+    + `photo: ${weakScore.toFixed(3)}`;
+  return [el("span", { title }, weak ? `Weak matches from number ${number(weak + 1)} on`
+    : "Weak matches: no photo fits well")];
+}
+
+function wordNotes(query, { typed, word }) {
+  const notes = [];
+  if (typed && query.known) notes.push([bdi(typed), " … counts as ", bdi(word)]);
+  if (state.text.trim() && !query.words.length) notes.push(["The query has no words"]);
+  else if (!query.known && !isLost(query) && query.words.length) {
+    notes.push(["Words to avoid need a word to search for"]);
+  }
   const unknown = [...new Set(query.words.filter((_, i) => query.ids[i] === UNKNOWN))];
-  if (state.text.trim() && !query.words.length) {
-    notes.push(["The query has no words"]);
-  }
-  for (const word of unknown.slice(0, 4)) {
-    const near = nearWords(word).map((other) => {
-      // Only the unknown word is replaced; the others are as the model reads them.
-      const text = query.words.map((w, i) =>
-        (query.labels[i] === w ? "" : "-") + (w === word ? other : w)).join(" ");
-      return el("a", { href: addressOf({ text, photo: "" }) }, bdi(other));
-    });
-    notes.push([el("span", { class: "unknown" }, el("span", { class: "word" }, bdi(word))),
-      " is not in the vocabulary", ...(near.length ? [", similar: ", ...near] : [])]);
-  }
-  if (unknown.length > 4) notes.push([`${unknown.length - 4} more words are not in the vocabulary`]);
+  if (!unknown.length) return notes;
+  const more = unknown.length > 4 ? ` and ${unknown.length - 4} more` : "";
+  notes.push(["Not known: ", ...unknown.slice(0, 4).flatMap((one, i) => [
+    i ? ", " : "", el("span", { class: "unknown" }, el("span", { class: "word" }, bdi(one)))]), more]);
+  // Only unknown words are replaced; the others are as the model reads them.
+  const replaced = (choose) => query.words.map((w, i) =>
+    (query.labels[i] === w ? "" : "-") + (unknown.includes(w) ? choose(w) : w)).join(" ");
+  const near = new Map(unknown.slice(0, 20).map((one) => [one, nearWords(one)]));
+  if (![...near.values()].some((words) => words.length)) return notes;
+  notes.push(["Did you mean ", queryLink(replaced((w) => near.get(w)?.[0] ?? w)),
+    ...(unknown.length > 1 ? [] : near.get(unknown[0]).slice(1).flatMap((other, i) => [
+      i ? ", " : " Or ", queryLink(replaced(() => other), bdi(other))]))]);
+  return notes;
+}
+
+function duplicatesNote(query) {
   const hidden = results.reduce((sum, { photo }) => sum + copiesOf(photo), 0);
-  if (known && (hidden || state.all)) {
-    notes.push([state.all ? "" : `${number(hidden)} near duplicates are hidden `,
-      el("a", { href: addressOf({ all: !state.all }) },
-        state.all ? "Hide near duplicates" : "show all")]);
-  }
-  get("notes").classList.toggle("lost", query.words.length > 0 && !known);
-  get("notes").replaceChildren(...notes.map((note) => el("p", {}, ...note)));
+  if (!query.known || !(hidden || state.all)) return null;
+  return [state.all ? "" : `${number(hidden)} near duplicates are hidden `,
+    el("a", { href: linkTo({ all: !state.all }) },
+      state.all ? "Hide near duplicates" : "show all")];
 }
 
 // How many near duplicates an image stands for.
@@ -212,148 +277,100 @@ function copiesOf(photo) {
   return state.all ? 0 : photos.groupSizes.get(photos.groups[photo]) - 1;
 }
 
-function drawResults(query, known) {
-  const contributions = results.map(({ photo }) => (known ? contributionsOf(query, photo) : []));
-  const largest = Math.max(...contributions.flat().map(Math.abs), 1e-9);
-  const shown = new Set(results.map(({ photo }) => photo));
-  for (const photo of cards.keys()) if (!shown.has(photo)) cards.delete(photo);
-  list.classList.toggle("ranked", known);
-  list.replaceChildren(...results.map(({ photo, score }, i) => {
-    if (!cards.has(photo)) cards.set(photo, newCard(photo));
-    const card = cards.get(photo);
-    const [link, line] = card.children;
-    link.setAttribute("href", addressOf({ photo: photos.names[photo] }));
-    const rank = known ? [el("span", { class: "rank" }, `${i + 1}`),
-      el("span", { class: "score" }, score.toFixed(3))] : [];
-    if (known && copiesOf(photo)) {
-      const title = `${copiesOf(photo)} near duplicates`;
-      rank.splice(1, 0, el("span", { class: "copies", title }, `+${copiesOf(photo)}`));
-    }
-    line.replaceChildren(...rank);
-    card.lastChild.replaceChildren(...contributionItems(query, contributions[i], largest, 2));
-    card.lastChild.classList.toggle("many", query.words.length > 10);
-    return card;
-  }));
+// ---- The photos ---------------------------------------------------------------------------------
+
+function drawResults(query, first) {
+  const added = results.slice(first);
+  const merged = added.map(({ photo }) =>
+    (query.known ? mergeWords(query, contributionsOf(query, photo)) : []));
+  if (!first) {
+    largest = Math.max(...merged.flat().map(({ value }) => Math.abs(value)), 1e-9);
+    const shown = new Set(results.map(({ photo }) => photo));
+    for (const photo of cards.keys()) if (!shown.has(photo)) cards.delete(photo);
+    list.replaceChildren();
+  }
+  list.append(...added.map((result, i) => drawCard(query, result, first + i + 1, merged[i])));
+}
+
+function drawCard({ known, like }, { photo, score }, rank, merged) {
+  if (!cards.has(photo)) cards.set(photo, newCard(photo));
+  const card = cards.get(photo);
+  const [link, line] = card.children;
+  link.setAttribute("href", linkTo({ photo: photos.names[photo] }));
+  line.replaceChildren();
+  if (known) {
+    line.append(el("span", { class: "rank" }, `${rank}`));
+    const copies = copiesOf(photo);
+    const title = `${copies} near duplicates`;
+    if (copies) line.append(el("span", { class: "copies", title }, `+${copies}`));
+    const weak = like < 0 && score < weakScore ? "weak " : "";
+    line.append(el("span", { class: "score" }, weak + score.toFixed(3)));
+  }
+  card.lastChild.replaceChildren(...contributionItems(merged, largest, 2));
+  card.lastChild.classList.toggle("many", merged.length > 10);
+  return card;
 }
 
 function newCard(photo) {
-  return el("li", { class: "card" },
+  const [width, height] = sizeOf(photo);
+  const card = el("li", { class: "card" },
     el("a", {}, picture(photo, "t")),
     el("p", { class: "line" }),
     // Hidden from screen readers: the alt text of the image already reads the caption.
     el("p", { class: "caption", "aria-hidden": "true" }, bdi(labelOf(photo))),
     el("ul", { class: "contributions", "aria-label": "Contribution of each word to the score" }));
+  // The rows are filled by widths in proportion; very narrow and very wide images get a frame.
+  card.style.setProperty("--ratio", Math.min(2.6, Math.max(0.7, width / height)));
+  return card;
 }
 
-function contributionItems(query, contributions, largest, digits) {
-  return contributions.map((value, i) => {
-    const unknown = query.ids[i] === UNKNOWN ? " unknown" : "";
-    const item = el("li", { class: (value < 0 ? "minus" : "plus") + unknown },
-      el("span", { class: "word" }, bdi(query.labels[i])), " ",
+// The contributions of a query's words to a score, with repeated words added up.
+function mergeWords(query, contributions) {
+  const merged = new Map();
+  contributions.forEach((value, i) => {
+    const label = query.labels[i];
+    const found = merged.get(label) ?? { label, value: 0, count: 0, unknown: query.ids[i] === UNKNOWN };
+    merged.set(label, { ...found, value: found.value + value, count: found.count + 1 });
+  });
+  return [...merged.values()];
+}
+
+function contributionItems(merged, largest, digits) {
+  return merged.map(({ label, value, count, unknown }) => {
+    const item = el("li", { class: (value < 0 ? "minus" : "plus") + (unknown ? " unknown" : "") },
+      el("span", { class: "word" }, bdi(label), count > 1 ? ` ×${count}` : ""), " ",
       el("span", { class: "value" }, signed(value, digits)));
     item.style.setProperty("--size", Math.abs(value) / largest);
     return item;
   });
 }
 
-function drawPhoto() {
-  const photo = state.photo ? photos.names.indexOf(state.photo) : -1;
-  if (photo < 0) {
-    drawnPhoto = "";
-    dialog.close();
-    if (state.photo && photos.count === photos.total) {
-      get("notes").append(el("p", {}, "There is no photo named ", bdi(state.photo)));
-      state.photo = "";
-    }
-    return;
-  }
-  if (drawnPhoto === drawn + state.photo) return;
-  drawnPhoto = drawn + state.photo;
-  lastPhoto = photo;
-  const full = picture(photo, "f");
-  // The thumbnail is shown until the large image is loaded.
-  full.style.backgroundImage = `url("t/${photos.pictures[photo]}.jpg")`;
-  const heading = el("h2", { id: "photo-title", tabindex: "-1" }, bdi(labelOf(photo)));
-  dialog.replaceChildren(
-    el("div", { class: "frame" }, full),
-    el("div", { class: "about" }, heading, ...captionItems(photo), ...scoreItems(photo),
-      el("p", { class: "name" }, bdi(photos.names[photo]))),
-    el("section", { class: "alike", "aria-label": "Similar photos" },
-      el("h3", {}, "Similar photos"),
-      el("ul", {}, ...photosLike(photo, ALIKE).map(({ photo: other, score }) =>
-        el("li", {}, el("a", { href: addressOf({ photo: photos.names[other] }) },
-          picture(other, "t"), el("span", { class: "score" }, score.toFixed(2))))))),
-    el("nav", { "aria-label": "Photo" },
-      stepButton(photo, -1, "Previous photo", "‹"), stepButton(photo, 1, "Next photo", "›"),
-      el("button", { type: "button", "data-close": "", "aria-label": "Close" }, "×")),
-  );
-  if (!dialog.open) dialog.showModal();
-  dialog.scrollTop = 0;
-  heading.focus();
-}
-
-function captionItems(photo) {
-  const others = photos.captions[photo].slice(1);
-  return others.length ? [el("ul", { class: "captions", "aria-label": "More captions" },
-    ...others.map((caption) => el("li", {}, bdi(prose(caption)))))] : [];
-}
-
-function scoreItems(photo) {
-  const query = encode(state.text);
-  if (!query.known) return [];
-  const contributions = contributionsOf(query, photo);
-  const total = contributions.reduce((sum, value) => sum + value, 0);
-  const rank = results.findIndex((result) => result.photo === photo) + 1;
-  return [
-    el("h3", {}, "Contributions of the words ", el("span", { class: "score" }, total.toFixed(3)),
-      rank ? ` rank ${rank}` : ""),
-    el("ul", { class: "bars", "aria-label": "Contribution of each word to the score" },
-      ...contributionItems(query, contributions,
-        Math.max(...contributions.map(Math.abs), 1e-9), 3)),
-  ];
-}
-
 // ---- Input --------------------------------------------------------------------------------------
 
-function neighbor(photo, step) {
-  const at = results.findIndex((result) => result.photo === photo);
-  return at < 0 ? undefined : results[at + step]?.photo;
-}
-
-function stepButton(photo, step, label, sign) {
-  const to = neighbor(photo, step);
-  const button = el("button", { type: "button", "data-step": step, "aria-label": label }, sign);
-  button.disabled = to === undefined;
-  return button;
-}
-
-function stepPhoto(step) {
-  const to = neighbor(photos.names.indexOf(state.photo), step);
-  // Replaced, so that closing goes back to the results in one step.
-  if (to !== undefined) go({ photo: photos.names[to] }, { replace: true, opened: openedBefore() });
-}
-
 box.addEventListener("input", () => {
-  go({ text: box.value, photo: "" }, { replace: typing });
+  go({ text: box.value, like: "", photo: "" }, { replace: typing });
   typing = true;
 });
-box.addEventListener("change", () => (typing = false)); // Enter, or the focus left the box
+
+// Enter, or the focus left the box: the word is finished, and the completion that counted is written.
+box.addEventListener("change", () => {
+  if (!typing) return;
+  go({ text: complete(box.value).text }, { replace: true, opened: openedBefore() });
+  typing = false;
+});
 document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
 
-countBox.append(...COUNTS.map((count) => el("option", { value: count }, `${count}`)));
-countBox.addEventListener("change", () => go({ count: Number(countBox.value) }));
-
 function showMore() {
-  if (get("more").hidden || JSON.parse(drawn)[4] !== more) return;
-  more += state.count;
+  if (get("more").hidden || !drawn || JSON.parse(drawn)[5] !== more) return;
+  more += PAGE;
   schedule();
 }
 
 get("more").addEventListener("click", showMore);
-addEventListener("scroll", () => {
-  const page = document.documentElement;
-  if (scrollY > 0 && innerHeight + scrollY > page.scrollHeight - innerHeight / 2) showMore();
-}, { passive: true });
+// The next results are drawn one screen before the end of the list comes into view.
+const nearEnd = new IntersectionObserver((entries) => {
+  if (entries.at(-1).isIntersecting) showMore();
+}, { rootMargin: "0px 0px 100% 0px" });
 
 addEventListener("popstate", () => {
   state = readAddress();
@@ -363,54 +380,70 @@ addEventListener("popstate", () => {
 
 document.addEventListener("click", (event) => {
   const link = event.target.closest('a[href^="#"]');
-  if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
-    event.preventDefault();
-    typing = false;
-    const parts = new URLSearchParams(link.getAttribute("href").slice(1));
-    const photo = parts.get("photo") ?? "";
-    const all = parts.get("d") === "1";
-    go({ text: parts.get("q") ?? "", photo, all }, { opened: photo ? openedBefore() + 1 : 0 });
-    if (!photo) box.focus();
-  }
-  const step = event.target.closest("[data-step]");
-  if (step) stepPhoto(Number(step.dataset.step));
-  // The target is the dialog itself only for clicks beside its content.
-  if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  typing = false;
+  const parts = new URLSearchParams(link.getAttribute("href").slice(1));
+  const [text, like, photo] = ["q", "like", "photo"].map((name) => parts.get(name) ?? "");
+  const all = parts.get("d") === "1";
+  go({ text, like, photo, all }, { opened: photo ? openedBefore() + 1 : 0 });
+  // On a phone the focus would open the keyboard.
+  if (!photo && !like && !matchMedia("(pointer: coarse)").matches) box.focus();
 });
 
-// This event comes after the dialog has closed. If the URL closed it, drawnPhoto is empty; and the
-// next image may be open already.
-dialog.addEventListener("close", () => {
-  if (!dialog.open) cards.get(lastPhoto)?.firstChild.focus(); // the image shown last, not the one opened first
-  if (drawnPhoto && !dialog.open) closePhoto();
-});
+// The link above or below another one, in the nearest row.
+function linkInRow(links, at, direction) {
+  const own = links[at].getBoundingClientRect();
+  let best;
+  let least = Infinity;
+  for (const link of links) {
+    const { left, width, top } = link.getBoundingClientRect();
+    const rows = (top - own.top) * direction;
+    const distance = 1000 * rows + Math.abs(left + width / 2 - own.left - own.width / 2);
+    if (rows > 1 && distance < least) [best, least] = [link, distance];
+  }
+  return best;
+}
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || dialog.open) return;
   const links = [...list.querySelectorAll(".card > a")];
   const at = links.indexOf(document.activeElement);
-  const columns = getComputedStyle(list).gridTemplateColumns.split(" ").length;
-  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
-  const step = steps[event.key];
-  if (dialog.open) {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") stepPhoto(step);
-  } else if (event.key === "/" && document.activeElement !== box) {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const direction = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  if (event.key === "/" && document.activeElement !== box) {
     event.preventDefault();
     box.select();
   } else if (event.key === "ArrowDown" && document.activeElement === box) {
     event.preventDefault();
     links[0]?.focus();
-  } else if (at >= 0 && step) {
+  } else if (at >= 0 && (step || direction)) {
     event.preventDefault();
-    if (at + step < 0 && event.key === "ArrowUp") box.focus();
-    else links[at + step]?.focus();
+    const to = step ? links[at + step] : linkInRow(links, at, direction);
+    if (to) to.focus();
+    else if (direction < 0) box.focus();
   }
 });
 
-// A data file that is missing is named, because only a part of the images is searched.
-addEventListener("error", ({ target }) => {
-  if (target.tagName !== "SCRIPT") return;
+// ---- What is missing ----------------------------------------------------------------------------
+
+get("alone").remove();
+for (const node of document.querySelectorAll("form, footer")) node.hidden = false;
+
+// A data file that is missing is named, because only a part of the images is searched. A missing
+// picture gets a quiet placeholder.
+function reportMissing(file) {
+  missingFiles = true;
+  get("wait")?.remove();
   get("missing").hidden = false;
-  get("missing").append(el("p", {}, `Missing: ${target.getAttribute("src")}. The page is `
-    + "incomplete: copy its whole folder, or write it again."));
+  get("missing").append(el("p", {}, `Missing: ${file}. The page is incomplete: copy its whole `
+    + "folder, or write it again."));
+}
+
+addEventListener("error", ({ target }) => {
+  if (target.tagName === "IMG") target.parentNode.classList.add("no-picture");
+  if (target.tagName !== "SCRIPT") return;
+  reportMissing(target.getAttribute("src"));
+  if (typeof dim === "number") schedule();
 }, true);
+if (typeof dim !== "number") reportMissing("search.js"); // its event came before this listener
