@@ -34,9 +34,8 @@ def album(tmp_path_factory: pytest.TempPathFactory, arguments: dict[str, Any]) -
     return folder
 
 
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Return a headless Chromium with its own profile; skip if there is none."""
+def start_chromium(profile: Path, page_load_strategy: str = "normal") -> Any:
+    """Return a headless Chromium; skip the test if there is none."""
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 
@@ -50,13 +49,29 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for flag in ("headless", "disable-gpu", "no-first-run", "disable-background-networking",
                  "disable-component-update", "disable-sync", "window-size=1200,900",
                  "force-prefers-reduced-motion",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+                 f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.page_load_strategy = page_load_strategy
     browser = webdriver.Chrome(options=options, service=Service(driver))
     browser.set_script_timeout(30)
+    return browser
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return a headless Chromium with its own profile."""
+    browser = start_chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture()
+def impatient_chromium(tmp_path: Path) -> Iterator[Any]:
+    """Return a headless Chromium that does not wait until a page is loaded."""
+    browser = start_chromium(tmp_path / "profile", "none")
     yield browser
     browser.quit()
 

@@ -179,7 +179,7 @@ class Browser:
 
     def settled(self, text: str) -> bool:
         """Return whether the results of a text are shown."""
-        return self.js("return !waiting && JSON.parse(drawn)[0] === arguments[0]"
+        return self.js("return !waiting && state.text === arguments[0]"
                        " && box.value === arguments[0]", text)
 
     def show_all(self) -> None:

@@ -32,7 +32,7 @@ function addressOf(changes) {
 }
 
 // `opened` counts the history entries of opened images: closing an image goes back over them.
-function go(changes, { replace = false, opened = 0 } = {}) {
+function go(changes, { replace = false, opened = 0, redraw = true } = {}) {
   const address = addressOf(changes);
   state = { ...state, ...changes };
   try {
@@ -40,7 +40,7 @@ function go(changes, { replace = false, opened = 0 } = {}) {
   } catch {
     // Some browsers refuse a hundred changes in a few seconds; a later change sets the URL again.
   }
-  schedule();
+  if (redraw) schedule();
 }
 
 function openedBefore() {
@@ -118,7 +118,7 @@ function draw() {
   get("wait")?.remove();
   if (box.value !== state.text) box.value = state.text; // setting it always would move the cursor
   // While the last word is unfinished, its completion counts.
-  const completed = typing ? complete(state.text) : { text: state.text };
+  const completed = typing ? complete(state.text) : { text: state.text, typed: "" };
   drawnText = completed.text;
   const wanted = [completed.text, state.like, state.all];
   const isNew = drawn && JSON.stringify(JSON.parse(drawn).slice(0, 3)) !== JSON.stringify(wanted);
@@ -126,9 +126,9 @@ function draw() {
     more = 0;
     scrollTo(0, 0);
   }
-  const key = JSON.stringify([...wanted, photos.count, missingFiles, more]);
-  const [, , , count, , shown] = JSON.parse(drawn || "[]");
-  const isLonger = !isNew && count === photos.count && shown < more;
+  const key = JSON.stringify([...wanted, photos.count, more, completed.typed, missingFiles]);
+  const [, , , count, shown] = JSON.parse(drawn || "[]");
+  const isLonger = !isNew && count === photos.count && shown <= more;
   if (key !== drawn) drawSearch(completed, isLonger ? results.length : 0);
   drawn = key;
   drawPhoto();
@@ -171,7 +171,7 @@ function drawSearch(completed, first) {
   nearEnd.unobserve(button); // observed again, it reports whether it is still near
   nearEnd.observe(button);
   const time = took < 1 ? "less than 1 ms" : `${took.toFixed(0)} ms`;
-  get("time").textContent = query.known ? `${number(photos.count)} scored in ${time}` : "";
+  get("time").textContent = query.known && photos.count ? `${number(photos.count)} scored in ${time}` : "";
 }
 
 // ---- Above the photos: the introduction, and what to know about the results ---------------------
@@ -355,13 +355,18 @@ box.addEventListener("input", () => {
 // Enter, or the focus left the box: the word is finished, and the completion that counted is written.
 box.addEventListener("change", () => {
   if (!typing) return;
-  go({ text: complete(box.value).text }, { replace: true, opened: openedBefore() });
   typing = false;
+  box.value = complete(box.value).text;
+  // The results are the same. A new link under a pressed mouse button would not be clicked.
+  go({ text: box.value }, { replace: true, opened: openedBefore(), redraw: false });
 });
-document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
+document.querySelector("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  schedule();
+});
 
 function showMore() {
-  if (get("more").hidden || !drawn || JSON.parse(drawn)[5] !== more) return;
+  if (get("more").hidden || !drawn || JSON.parse(drawn)[4] !== more) return;
   more += PAGE;
   schedule();
 }
