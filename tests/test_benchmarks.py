@@ -117,6 +117,7 @@ def test_pretrained_model_and_card(
     assert "--no-flip" in card and "--image-size 32" in card and str(tmp_path) not in card
     metrics = pretrained.measure(output, load_checkpoint(best).content["args"])
     assert f"| {metrics['rsum']:.1f} |" in card
+    assert load_checkpoint(output).content["metrics"]["weak_score"] == metrics["weak_score"]
     capsys.readouterr()
     assert search.main(["red thing", "--checkpoint", str(output), "--images", str(images),
                         "--results-dir", str(tmp_path / "search")]) == 0

@@ -175,8 +175,8 @@ def format_answer(answer: dict, explain: bool) -> str:
                 for word, value in result["word_contributions"]))
     weak = [result["rank"] for result in answer["results"] if result.get("weak")]
     if weak:
-        lines.append(f"      weak matches from number {weak[0]} on: nine in ten captions score "
-                     "higher with their photo")
+        lines.append(f"      weak matches from number {weak[0]} on: nine in ten correct ones score "
+                     "higher")
     if answer.get("captions"):
         lines.append("captions that fit it best")
         lines += [f"      {fit['score']:6.3f}  {printable(fit['caption'])}"

@@ -19,6 +19,7 @@ from src.evaluation.metrics import (
     retrieval_metrics,
     retrieval_ranks,
     summarize_ranks,
+    weak_score,
 )
 from tests.tiny_data import log_line, make_metrics
 
@@ -74,11 +75,17 @@ def tied_embeddings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[i
 
 @given(tied_embeddings())
 def test_equals_brute_force_to_the_last_digit(example):
-    """Recall, median, mean and rsum are those of a loop over lists, also with ties."""
+    """Recall, median, mean and rsum are those of a loop over lists, also with ties; the weak score
+    is the 10 % quantile of the captions' scores with their own images."""
     images, texts, owner = example
-    ranks = oracle_ranks(similarity_table(images, texts), owner)
+    table = similarity_table(images, texts)
     metrics = retrieval_metrics(images, texts, torch.tensor(owner))
-    assert metrics == oracle_metrics(*ranks)
+    own = sorted(table[m][n] for m, n in enumerate(owner))
+    place = 0.1 * (len(own) - 1)
+    low, high = own[math.floor(place)], own[math.ceil(place)]
+    weak = low + (high - low) * (place - math.floor(place))
+    assert metrics.pop("weak_score") == pytest.approx(weak, abs=1e-5)
+    assert metrics == oracle_metrics(*oracle_ranks(table, owner))
 
 
 @given(tied_embeddings(), st.integers(0, 2**32))
@@ -148,6 +155,7 @@ def test_one_nan_caption_hurts_only():
     image_to_text, text_to_image = retrieval_ranks(images, texts, torch.arange(3))
     assert text_to_image.tolist() == [1, 3, 1]
     assert image_to_text.tolist() == [2, 3, 2]
+    assert weak_score(images, texts, torch.arange(3)) == pytest.approx(-0.6)  # of -1, 1, 1
 
 
 def test_perfect_embeddings():

@@ -279,6 +279,30 @@ def test_json_output_is_pure(flags: list[str], images: Path, tmp_path: Path) -> 
     assert "a page that searches 6 photos" in done.stderr and "bad.jpg" in done.stderr
 
 
+def test_weak_matches_are_named(
+    flags: list[str], results: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Results below the weak score of the checkpoint are marked, in text, JSON and the page."""
+    (answer,) = ask(capsys, "red", *flags)
+    assert not any(result["weak"] for result in answer["results"])
+    scores = [result["score"] for result in answer["results"]]
+    limit = (scores[2] + scores[3]) / 2
+    model, tokenizer, content = load_checkpoint(results / "models" / "flickr30k_clip_best.pth")
+    checkpoint = tmp_path / "measured.pth"
+    save_checkpoint(checkpoint, model, tokenizer, epoch=1, args=content["args"],
+                    metrics={"weak_score": limit})
+    flags += ["--checkpoint", str(checkpoint), "--page", str(tmp_path / "page"),
+              "--page-title", "Ours & theirs"]
+    (answer,) = ask(capsys, "red", *flags)
+    assert [result["weak"] for result in answer["results"]] == [False] * 3 + [True] * 3
+    search.main(["red", *flags])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.strip().startswith("weak matches from number 4 on") and len(last) <= 80
+    assert f'"weakScore": {limit}' in (tmp_path / "page" / "data" / "words.js").read_text()
+    index = (tmp_path / "page" / "index.html").read_text()
+    assert "<title>Ours &amp; theirs</title>" in index
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_message(flags: list[str]) -> None:
     """Case search-07: standard output on a full disk."""

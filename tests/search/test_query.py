@@ -197,7 +197,7 @@ def test_a_word_table_is_built_once(tmp_path: Path, checkpoint: Path, table: Wor
 
 @pytest.mark.parametrize("change", [
     {"words": ["<pad>"]}, {"words": 5}, {"words": [1] * 8}, {"words": ["a"] * 8}, {"args": []},
-    {"args": None}, {"embeddings": "c.pth"},
+    {"args": None}, {"embeddings": "c.pth"}, {"weak_score": "low"},
     {"embeddings": "/dev/zero"},
 ], ids=str)
 def test_a_damaged_word_table_is_built_again(
@@ -210,6 +210,23 @@ def test_a_damaged_word_table_is_built_again(
     repaired = load_words(tmp_path / "index", checkpoint, lambda: load_checkpoint(checkpoint))
     assert (repaired.words, repaired.args) == (whole.words, whole.args)
     assert "built again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("metrics", "expected"), [
+    ({}, None), ({"metrics": {"rsum": 300.0}}, None), ({"metrics": {"weak_score": 0.25}}, 0.25),
+    ({"metrics": {"weak_score": "0.25"}}, None), ({"metrics": {"weak_score": float("nan")}}, None),
+    ({"metrics": [0.25]}, None),
+], ids=str)
+def test_the_weak_score_of_a_checkpoint(
+    tmp_path: Path, model_and_tokenizer: tuple[DualEncoder, Tokenizer], metrics: dict,
+    expected: float | None,
+) -> None:
+    """The word table keeps the weak score of the metrics; other checkpoints have none."""
+    save_checkpoint(tmp_path / "c.pth", *model_and_tokenizer, args={}, **metrics)
+    for _ in range(2):  # from the checkpoint, and from the stored table
+        found = load_words(tmp_path / "index", tmp_path / "c.pth",
+                           lambda: load_checkpoint(tmp_path / "c.pth"))
+        assert found.weak_score == expected
 
 
 def test_a_word_table_that_cannot_be_written_is_an_error(tmp_path: Path, checkpoint: Path) -> None:
