@@ -78,7 +78,8 @@ def queries(folder: Path) -> None:
             captions=captions, paths=[picture] * count, progress=False)
         browser.get((page / "index.html").as_uri())
         WebDriverWait(browser, 120, 0.1).until(lambda b, n=count: b.execute_script(
-            "return typeof photos !== 'undefined' && photos.count === arguments[0]", n))
+            "return typeof photos !== 'undefined' && photos.count === arguments[0]"
+            " && vocabulary.codes !== null", n))
         seen = browser.execute_script(MEASURE, QUERY)
         low, middle, tenth, high = seen["score"]
         print(f"{count:7,}   {written['data_bytes'] / 1e6:8.1f}      {middle:6.1f} ({low:.1f} to "

@@ -4,9 +4,11 @@ The embedding of a text is a mean of word vectors, which a browser can compute. 
 from disk and works on any static host:
 
     index.html, style.css, search.js, view.js, photo.js, icon.svg
-    data/words.js         the vocabulary and its vectors, int8 with a float32 scale for each word
-    data/photos-000.js    names, captions and embeddings of a sample of the images, in the same form
+    data/page.js          numbers, example queries, names of the data files
+    data/photos-000.js    names, captions and embeddings of a sample of the images; the embeddings
+                          are int8 with a float32 scale for each image
     data/photos-001.js …  of the other images, in larger files; the page searches what is loaded
+    data/words.js         the vocabulary and its vectors, in the same form
     t/, f/                thumbnails and large images, named by the digest of their content
 
 The data files are scripts that hold base64: a page opened from disk may load scripts, not fetch.
@@ -107,14 +109,14 @@ def write_page(
         urls.append(_write(folder, name, data[name]))
     examples, known_words = suggest_queries(
         words, word_embeddings, image_embeddings[kept], [captions[i] for i in kept])
-    data["data/words.js"] = _script("addWords", {
-        "dim": dim, "photos": len(kept), "words": words, "examples": examples,
-        "knownWords": known_words, "weakScore": weak_score, "files": urls[1:],
-        **quantize(word_embeddings),
-    })
-    parts["data/words.js"] = _write(folder, "data/words.js", data["data/words.js"])
+    data["data/page.js"] = _script("addPage", {
+        "dim": dim, "photos": len(kept), "words": len(words) - 2, "examples": examples,
+        "knownWords": known_words, "weakScore": weak_score, "files": urls[1:]})
+    data["data/words.js"] = _script("addWords", {"words": words, **quantize(word_embeddings)})
+    parts["data/page.js"] = _write(folder, "data/page.js", data["data/page.js"])
     if urls:
         parts["data/photos-000.js"] = urls[0]
+    parts["data/words.js"] = _write(folder, "data/words.js", data["data/words.js"])
     # index.html is written last: it names the files that belong together.
     write_atomic(folder / "index.html", _index(title, parts))
     _remove_stale(folder, set(data), {pictures[i] for i in kept})

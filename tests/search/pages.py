@@ -101,7 +101,9 @@ def tiled(arguments: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def read_data(folder: Path) -> tuple[dict, dict]:
-    """Return the contents of words.js and of all image files, with vectors as floats."""
+    """Return the contents of page.js with words.js, and of all image files; vectors as floats."""
+    facts = json.loads(re.fullmatch(r"addPage\((.*)\);\n",
+                                    (folder / "data" / "page.js").read_text("ascii"))[1])
     parts = []
     for path in [folder / "data" / "words.js", *sorted((folder / "data").glob("photos-*.js"))]:
         data = json.loads(re.fullmatch(r"\w+\((.*)\);\n", path.read_text("ascii"))[1])
@@ -110,9 +112,10 @@ def read_data(folder: Path) -> tuple[dict, dict]:
         data["vectors"] = codes.reshape(len(scales), -1).astype(np.float64) * scales[:, None]
         parts.append(data)
     words, *photos = parts
+    words = facts | words
     joined = {key: sum((part[key] for part in photos), [])
               for key in ("names", "captions", "pictures")}
-    joined["vectors"] = np.concatenate([np.zeros((0, words["dim"])),
+    joined["vectors"] = np.concatenate([np.zeros((0, facts["dim"])),
                                         *(part["vectors"] for part in photos)])
     return words, joined
 
@@ -144,7 +147,7 @@ class Browser:
             self.browser.get_log(kind)  # clear the log
         self.browser.get(url + fragment)
         self.until(lambda: self.js("return dim > 0 && photos.count === photos.total && drawn !== ''"
-                                   " && !waiting"))
+                                   " && vocabulary.codes !== null && !waiting"))
 
     def js(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page."""

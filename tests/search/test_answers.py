@@ -298,7 +298,7 @@ def test_weak_matches_are_named(
     search.main(["red", *flags])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.strip().startswith("weak matches from number 4 on") and len(last) <= 80
-    assert f'"weakScore": {limit}' in (tmp_path / "page" / "data" / "words.js").read_text()
+    assert f'"weakScore": {limit}' in (tmp_path / "page" / "data" / "page.js").read_text()
     index = (tmp_path / "page" / "index.html").read_text()
     assert "<title>Ours &amp; theirs</title>" in index
 

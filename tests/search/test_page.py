@@ -37,7 +37,7 @@ from tests.search.pages import (
 
 def test_the_files_hold_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files hold names, captions and images, every fourth one first, and vectors up to int8
-    rounding; words.js names the files after the first one."""
+    rounding; page.js names the files after the first one."""
     monkeypatch.setattr(page, "FIRST_IMAGES", 9)
     monkeypatch.setattr(page, "IMAGES_PER_FILE", 10)
     arguments = make_arguments(tmp_path)
@@ -45,7 +45,7 @@ def test_the_files_hold_the_arguments(tmp_path: Path, monkeypatch: pytest.Monkey
     words, photos = read_data(tmp_path / "album")
     assert words["words"] == WORDS and words["photos"] == 36 and words["dim"] == DIM
     assert words["weakScore"] == 0.25
-    assert len(list((tmp_path / "album" / "data").iterdir())) == 1 + 4
+    assert len(list((tmp_path / "album" / "data").iterdir())) == 2 + 4
     assert [url.partition("?v=")[0] for url in words["files"]] == [
         f"data/photos-00{i}.js" for i in (1, 2, 3)]
     order = [*range(0, 36, 4), *(i for i in range(36) if i % 4)]
@@ -89,7 +89,7 @@ def test_the_page_holds_no_paths_and_no_exif(tmp_path: Path) -> None:
     assert b"SECRETARTIST" in arguments["paths"][0].read_bytes()
     write_page(tmp_path / "album", **arguments)
     files = [path for path in (tmp_path / "album").rglob("*") if path.is_file()]
-    assert len(files) == 6 + 2 + 2 * 36  # parts, data, two sizes of each picture
+    assert len(files) == 6 + 3 + 2 * 36  # parts, data, two sizes of each picture
     for path in files:
         text = path.read_bytes()
         assert b"SECRET" not in text and str(tmp_path).encode() not in text
@@ -201,7 +201,7 @@ def test_data_files_are_ascii(tmp_path: Path) -> None:
     _, photos = read_data(tmp_path / "album")
     assert photos["names"] == [display_name(name) for name in names]
     index = (tmp_path / "album" / "index.html").read_text()
-    assert index.count("<script") == 5 and "<script>" not in index and "{{scripts}}" in index
+    assert index.count("<script") == 6 and "<script>" not in index and "{{scripts}}" in index
 
 
 def test_an_empty_page(tmp_path: Path) -> None:

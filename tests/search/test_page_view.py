@@ -277,7 +277,9 @@ def test_the_focus_stays_on_next(browser: Browser, tmp_path: Path, arguments: di
 
     with screen(browser, 1280, 300):  # a low screen, on which few results are drawn
         browser.js("more = 0; schedule()")
-        open_photo(browser)
+        browser.until(lambda: browser.js("return !waiting"))
+        assert len(browser.captions()) == 24
+        open_photo(browser, 19)
         names = []
         for _ in range(7):
             browser.keys(Keys.TAB)
@@ -286,7 +288,7 @@ def test_the_focus_stays_on_next(browser: Browser, tmp_path: Path, arguments: di
                              "Close"]
         browser.js("document.querySelector('[data-step=\"1\"]').focus()")
         seen = []
-        for _ in range(39):
+        for _ in range(20):
             seen.append(browser.js("return lastPhoto"))
             browser.keys(Keys.ENTER)
             browser.until(lambda last=seen[-1]: browser.js(
@@ -294,11 +296,11 @@ def test_the_focus_stays_on_next(browser: Browser, tmp_path: Path, arguments: di
             assert focused() == "Next photo"
         browser.keys(Keys.ENTER)
         browser.until(lambda: browser.js("return !waiting"))
-        assert browser.js("return lastPhoto") not in seen and len(set(seen)) == 39
+        assert browser.js("return lastPhoto") not in seen and len(set(seen)) == 20
         states = [button.get_attribute("aria-disabled")
                   for button in browser.find("[data-step]")]
         assert states == ["false", "true"] and focused() == "Next photo"
-        assert browser.js("return results.map(({ photo }) => photo).slice(0, 39)") == seen
+        assert browser.js("return results.map(({ photo }) => photo).slice(19, 39)") == seen
 
 
 def test_more_like_this(browser: Browser, album: Path) -> None:
@@ -476,7 +478,7 @@ class SlowServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
-        self.released = {name: threading.Event() for name in ("photos-000", "photos-001")}
+        self.released = {name: threading.Event() for name in ("photos-000", "words", "photos-001")}
         super().__init__(("127.0.0.1", 0), partial(SlowHandler, directory=str(folder)))
 
 
@@ -495,20 +497,25 @@ class SlowHandler(SimpleHTTPRequestHandler):
 
 
 def test_a_slow_line(impatient_chromium: object, album: Path) -> None:
-    """Until the first data file is there the page says that it is loading; with it, it searches a
-    sample of the photos. The other files are not asked for before."""
+    """Until the first photos are there the page says that it is loading; then it shows a sample,
+    and with the words it searches the sample. The other photos are not asked for before."""
     browser = Browser(impatient_chromium)
     with SlowServer(album) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
             impatient_chromium.get(f"http://127.0.0.1:{server.server_port}/#q=red+ring")
-            browser.until(lambda: browser.text("h1"))
-            assert "Loading" in browser.text("main") and not browser.captions()
-            browser.until(lambda: "Loading" in browser.text("#notes"))  # the words are there
+            browser.until(lambda: "Loading" in browser.text("main"))
+            browser.until(lambda: browser.text("#notes"))  # page.js is there
             assert browser.text("main").strip() == "Loading the photos …"
-            assert "photos-001" not in server.asked
             server.released["photos-000"].set()
+            browser.until(lambda: browser.text("#notes") == "Loading the words …")
+            browser.js("go({ text: '' })")
+            browser.until(lambda: len(browser.captions()) == 20 and browser.text("#intro"))
+            browser.js("go({ text: 'red ring' })")
+            browser.until(lambda: browser.text("#notes") == "Loading the words …")
+            assert "photos-001" not in server.asked
+            server.released["words"].set()
             browser.until(lambda: len(browser.captions()) == 20)
             assert "The first 20 of 36 photos" in browser.text("#notes")
             assert "loading" in browser.text("#notes") and not browser.find("#wait")
@@ -547,7 +554,8 @@ def test_an_incomplete_copy(chromium: object, album: Path, tmp_path: Path) -> No
         for selector in ("form", "footer", "#results", "dialog", "#more"):
             assert not browser.find(selector)[0].is_displayed()
     whole = ["index.html", "style.css", "search.js", "view.js", "photo.js", "data", "t", "f"]
-    for missing in ("search.js", "photo.js", "data/words.js", "data/photos-000.js"):
+    for missing in ("search.js", "photo.js", "data/page.js", "data/words.js",
+                    "data/photos-000.js"):
         folder = tmp_path / missing.replace("/", "-")
         copy_page(album, folder, *whole)
         (folder / missing).unlink()

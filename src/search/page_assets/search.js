@@ -1,8 +1,8 @@
 // Photo search without the page: load the data, embed a text, rank the images.
 //
 // The embedding of a text is the mean of its word vectors at unit length, and a score is its dot
-// product with the embedding of an image. The scripts in data/ call addWords once and addPhotos for
-// each block of images: a page opened from disk may not fetch. view.js displays the results, and
+// product with the embedding of an image. The scripts in data/ call addPage, addPhotos for each block
+// of images, and addWords: a page opened from disk may not fetch. view.js displays the results, and
 // photo.js an opened one.
 "use strict";
 
@@ -13,7 +13,7 @@ let examples = []; // queries
 let knownWords = []; // some words that fit photos of this page
 let weakScore = -Infinity; // lower scores are weak matches
 // Vectors: int8 codes (rows, dim), and for each row the scale that converts them to floats.
-const vocabulary = { words: [], ids: new Map(), codes: null, scales: null };
+const vocabulary = { total: 0, words: [], ids: new Map(), codes: null, scales: null };
 const photos = {
   total: 0, count: 0, // images of the page, and how many of them are loaded
   first: 0, // images of the first file
@@ -34,13 +34,18 @@ const codesOf = (data) => new Int8Array(bytesOf(data.codes).buffer);
 const scalesOf = (data) => new Float32Array(bytesOf(data.scales).buffer);
 
 function addWords(data) {
-  ({ dim, examples, knownWords } = data);
-  weakScore = data.weakScore ?? -Infinity;
-  dataFiles.push(...data.files);
   vocabulary.words = data.words;
   data.words.forEach((word, id) => id > UNKNOWN && vocabulary.ids.set(word, id));
   vocabulary.codes = codesOf(data);
   vocabulary.scales = scalesOf(data);
+  schedule();
+}
+
+function addPage(data) {
+  ({ dim, examples, knownWords } = data);
+  weakScore = data.weakScore ?? -Infinity;
+  dataFiles.push(...data.files);
+  vocabulary.total = data.words;
   photos.total = data.photos;
   photos.codes = new Int8Array(Math.ceil(data.photos / 4) * 4 * dim); // see bestPhotos
   photos.scales = new Float32Array(data.photos);

@@ -126,24 +126,26 @@ function draw() {
     more = 0;
     scrollTo(0, 0);
   }
-  const key = JSON.stringify([...wanted, photos.count, more, completed.typed, missingFiles]);
-  const [, , , count, shown] = JSON.parse(drawn || "[]");
-  const isLonger = !isNew && count === photos.count && shown <= more;
+  const loaded = `${photos.count} ${vocabulary.ids.size}`;
+  const key = JSON.stringify([...wanted, loaded, more, completed.typed, missingFiles]);
+  const [, , , before, shown] = JSON.parse(drawn || "[]");
+  const isLonger = !isNew && before === loaded && shown <= more;
   if (key !== drawn) drawSearch(completed, isLonger ? results.length : 0);
   drawn = key;
   drawPhoto();
 }
 
-// What is searched for: a text, or with { like } the number of a photo.
+// What is searched for: a text, which waits for the words, or with { like } the number of a photo.
 function currentQuery(text) {
   const like = state.like ? photos.names.indexOf(state.like) : -1;
+  if (like < 0 && !vocabulary.codes) return { ...encode(""), like, waits: Boolean(text.trim()) };
   if (like < 0) return { ...encode(text), like };
   return { ...encode(""), like, known: true, vector: vectorOf(like) };
 }
 
 function findPhotos(query, count) {
   const { known, vector, like } = query;
-  if (isLost(query) || (state.like && like < 0 && isLoading())) return [];
+  if (isLost(query) || query.waits || (state.like && like < 0 && isLoading())) return [];
   if (!known) return samplePhotos(count);
   if (!state.all) return bestGroups(vector, count, like);
   return bestPhotos(vector, count + (like >= 0)).filter(({ photo }) => photo !== like)
@@ -188,7 +190,7 @@ function drawIntro(query) {
   const chips = (name, texts) => (texts.length ? [
     el("ul", { class: "examples", "aria-label": name }, ...texts.map((text) =>
       el("li", {}, queryLink(text))))] : []);
-  const words = number(vocabulary.ids.size);
+  const words = number(vocabulary.total);
   if (shown === "start") {
     intro.replaceChildren(
       el("p", { class: "lead" }, "Describe a photo in a few words."),
@@ -216,6 +218,7 @@ function photosNote(query) {
   if (!photos.total) return ["There are no photos"];
   if (!photos.count) return [missingFiles ? "No photo is loaded" : "Loading the photos …"];
   if (isLost(query)) return ["Nothing found"];
+  if (query.waits) return [missingFiles ? "No word is loaded" : "Loading the words …"];
   const order = query.known ? ", the best first" : "";
   if (photos.count === photos.total) return [`${number(photos.total)} photos${order}`];
   return [`The first ${number(photos.count)} of ${number(photos.total)} photos${order}`,
@@ -244,7 +247,7 @@ function weakNote({ known, like }) {
 function wordNotes(query, { typed, word }) {
   const notes = [];
   if (typed && query.known) notes.push([bdi(typed), " … counts as ", bdi(word)]);
-  if (state.text.trim() && !query.words.length) notes.push(["The query has no words"]);
+  if (state.text.trim() && !query.words.length && !query.waits) notes.push(["The query has no words"]);
   else if (!query.known && !isLost(query) && query.words.length) {
     notes.push(["Words to avoid need a word to search for"]);
   }
