@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.search import page
 from src.search.page import write_page
 from tests.search.pages import WORDS, Browser, encode, read_data, tiled
 
@@ -437,7 +438,8 @@ def test_zoom(browser: Browser, tmp_path: Path, arguments: dict) -> None:
     browser.find("#zoom")[0].click()
     browser.find("[data-step='1']")[0].click()
     browser.until(lambda: browser.js("return lastPhoto") != photo)
-    assert not browser.js("return isZoomed()")
+    assert browser.js("return [isZoomed(), stage.tabIndex]") == [False, -1]
+    assert browser.find("#zoom")[0].get_attribute("aria-pressed") == "false"
 
 
 def test_negative_scores_and_weak_matches(
@@ -478,7 +480,8 @@ class SlowServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
-        self.released = {name: threading.Event() for name in ("photos-000", "words", "photos-001")}
+        self.released = {name: threading.Event()
+                         for name in ("photos-000", "words", "photos-001", "photos-002")}
         super().__init__(("127.0.0.1", 0), partial(SlowHandler, directory=str(folder)))
 
 
@@ -496,11 +499,16 @@ class SlowHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_slow_line(impatient_chromium: object, album: Path) -> None:
+def test_a_slow_line(
+    impatient_chromium: object, arguments: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until the first photos are there the page says that it is loading; then it shows a sample,
-    and with the words it searches the sample. The other photos are not asked for before."""
+    and with the words it searches the sample. Each other file is asked for after the one before."""
+    monkeypatch.setattr(page, "FIRST_IMAGES", 20)
+    monkeypatch.setattr(page, "IMAGES_PER_FILE", 9)
+    write_page(tmp_path / "album", **arguments)
     browser = Browser(impatient_chromium)
-    with SlowServer(album) as server:
+    with SlowServer(tmp_path / "album") as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
@@ -510,6 +518,7 @@ def test_a_slow_line(impatient_chromium: object, album: Path) -> None:
             assert browser.text("main").strip() == "Loading the photos …"
             server.released["photos-000"].set()
             browser.until(lambda: browser.text("#notes") == "Loading the words …")
+            assert not browser.captions()
             browser.js("go({ text: '' })")
             browser.until(lambda: len(browser.captions()) == 20 and browser.text("#intro"))
             browser.js("go({ text: 'red ring' })")
@@ -520,7 +529,11 @@ def test_a_slow_line(impatient_chromium: object, album: Path) -> None:
             assert "The first 20 of 36 photos" in browser.text("#notes")
             assert "loading" in browser.text("#notes") and not browser.find("#wait")
             browser.until(lambda: "photos-001" in server.asked)
+            assert "photos-002" not in server.asked
             server.released["photos-001"].set()
+            browser.until(lambda: "The first 29 of 36 photos" in browser.text("#notes"))
+            browser.until(lambda: "photos-002" in server.asked)
+            server.released["photos-002"].set()
             browser.until(lambda: browser.text("#notes") == "36 photos, the best first")
             assert browser.captions()[0] == "a red ring"
         finally:
