@@ -37,7 +37,7 @@ from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
-from src.training.engine import check_batch_size, train_one_epoch
+from src.training.engine import check_batch_size, explain_memory, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -90,9 +90,12 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     check_batch_size(
         min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
         batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    dtype = runtime.compute_dtype(device, args.precision)
+    if frozen_epochs < args.epochs and (
+            note := explain_memory(model, args.batch_size, args.chunk_size, dtype)):
+        print(note, file=sys.stderr)
 
     # --- optimizer -----------------------------------------------------------------------------
-    dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     with runtime.stop_on_request() as stop_request:
