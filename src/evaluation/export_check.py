@@ -211,10 +211,9 @@ def compare_texts(
         tokenizer: of the model; it cuts texts to its context length, the file does not.
         captions: texts; without any, groups of words of the vocabulary are taken.
     """
-    words = tokenizer.words
-    captions = captions[:COMPARED_TEXTS] or [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
-    length = tokenizer.context_length
-    texts = [" ".join(split_words(caption)[:length]) for caption in captions]
+    words, length = tokenizer.words, tokenizer.context_length
+    captions = captions or [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
+    texts = [" ".join(split_words(caption)[:length]) for caption in captions[:COMPARED_TEXTS]]
     return Comparison(embed_tokens(model, tokenizer.encode(texts)).numpy(), embed(texts))
 
 

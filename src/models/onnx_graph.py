@@ -65,8 +65,9 @@ def image_graph(
         halves = graph.constant(np.array([2, -1, encoder.feature_dim]), "halves")
         features = graph.add("Reshape", features, halves)  # (2, B, F)
         features = graph.add("ReduceMean", features, axes=[0], keepdims=0)  # (B, F)
-    projection = graph.weights(_numpy(model.image_projection.linear.weight).T, "projection")  # (F, D)
-    _unit_length(graph, graph.add("MatMul", features, projection), "embeddings")
+    linear = _numpy(model.image_projection.linear.weight).T  # (F, D)
+    embeddings = graph.add("MatMul", features, graph.weights(linear, "projection"))  # (B, D)
+    _unit_length(graph, embeddings, "embeddings")
     return graph.build("image_encoder", ("images", dtype, shape),
                        ("embeddings", np.float32, ("batch", model.config.embed_dim)))
 
