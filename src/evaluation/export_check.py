@@ -213,7 +213,8 @@ def compare_texts(
     """
     words, length = tokenizer.words, tokenizer.context_length
     captions = captions or [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
-    texts = [" ".join(split_words(caption)[:length]) for caption in captions[:COMPARED_TEXTS]]
+    texts = [caption if len(split_words(caption)) <= length
+             else " ".join(split_words(caption)[:length]) for caption in captions[:COMPARED_TEXTS]]
     return Comparison(embed_tokens(model, tokenizer.encode(texts)).numpy(), embed(texts))
 
 
