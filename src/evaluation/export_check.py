@@ -126,7 +126,7 @@ def export_image_encoder(
         for precision in dict.fromkeys(("float32", card["precision"])):
             export = prepare_image_encoder(
                 model, format, resize=card["resize"], precision=precision, float_input=float_input,
-                calibration=_batches(images, spread(len(images.records), CALIBRATED)))
+                calibration=batches(images, spread(len(images.records), CALIBRATED)))
             export.write(new, {**card, "precision": precision})
             is_last = precision == card["precision"]
             embed, _ = load_image_encoder(new, format)
@@ -173,7 +173,7 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _batches(images: Flickr30kDataset, rows: np.ndarray) -> Iterator[np.ndarray]:
+def batches(images: Flickr30kDataset, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Yield batches of the pixels of some images."""
     for start in range(0, len(rows), BATCH_SIZE):
         yield images.take_images(rows[start : start + BATCH_SIZE]).numpy()

@@ -4,7 +4,7 @@ The graphs are written node by node instead of being traced by torch.onnx. The n
 this takes a tenth of a second and no package but onnx, gives the same file with every version of
 torch, and leaves out what only training needs: BatchNorm is folded into the convolutions, and
 uneven padding is an attribute of a convolution. (torch's older exporter is deprecated; the newer
-one needs onnxscript, is called differently in torch 2.6, and takes most of a minute.)
+one needs onnxscript, is called differently in torch 2.6, and takes tens of seconds.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from torch import nn
 
 from src.models.dual_encoder import DualEncoder
@@ -248,7 +247,8 @@ def _padding(conv: nn.Conv2d) -> list[int]:
     """Return top, left, bottom and right padding, of which the last two may be larger by 1."""
     top, left = conv.padding
     pads = [top, left, top, left]
-    if isinstance(conv, Conv2dStaticSamePadding) and isinstance(conv.static_padding, nn.ZeroPad2d):
-        left, right, top, bottom = conv.static_padding.padding
+    outside = getattr(conv, "static_padding", None)  # of efficientnet_pytorch
+    if isinstance(outside, nn.ZeroPad2d):
+        left, right, top, bottom = outside.padding
         pads = [own + more for own, more in zip(pads, (top, left, bottom, right), strict=True)]
     return pads
