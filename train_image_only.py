@@ -2,9 +2,9 @@
 
     python train_image_only.py
     python train_image_only.py --checkpoint other.pth --output encoder.pth
-    python train_image_only.py --format onnx --text              # runs without PyTorch
-    python train_image_only.py --format onnx --precision int8    # a quarter of the size
-    python train_image_only.py --pretrained --format safetensors --images ~/Pictures
+    python train_image_only.py --format onnx --text    # to run without PyTorch
+    python train_image_only.py --format onnx --precision int8
+    python train_image_only.py --pretrained --images ~/Pictures
 
 The file holds the weights of the EfficientNet and of its projection, and a
 model card: name, image size, mean, standard deviation, recall. Before it gets

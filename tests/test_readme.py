@@ -103,7 +103,7 @@ def test_an_example_of_the_export_runs_without_torch(
     np.testing.assert_allclose(np.load("embeddings.npy"), expected, atol=1e-4)
 
 
-@given(st.text(st.characters() | st.sampled_from("aB1 '_-\u0301\u3099\u200d\ufe0f日本カ\U000e0101")))
+@given(st.text(st.characters() | st.sampled_from("aB1 '_\u0301\u3099\u200d\ufe0f日カ\U000e0101")))
 @example("A man's T-shirt 日本カ\u3099 e\u0301te\u0301 हिन्दी ﬁ _x_ 4²")
 def test_the_documented_rule_is_that_of_the_tokenizer(text: str) -> None:
     """split_words of docs/export.md and of src/models/tokenizer.py find the same words."""
