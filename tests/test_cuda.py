@@ -290,7 +290,8 @@ def run_epochs(
         optimizer, graphed = start(state)
         progress = train_epoch(2, progress)
     average.copy_counts()
-    return average.model.state_dict(), progress.losses, graphed.captured if graphed else 0
+    weights = {name: value.cpu() for name, value in average.model.state_dict().items()}
+    return weights, progress.losses.cpu(), graphed.captured if graphed else 0
 
 
 @pytest.mark.parametrize(("captions_per_image", "stop"), [(1, None), (1, 2), (2, None)])
