@@ -38,7 +38,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
 from src.training.cuda_graph import graphed_step
-from src.training.engine import check_batch_size, train_one_epoch
+from src.training.engine import check_batch_size, explain_memory, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -88,12 +88,10 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
-    check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
-        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    dtype = runtime.compute_dtype(device, args.precision)
+    check_batch(args, model, dtype, len(train_set.records), frozen_epochs)
 
     # --- optimizer -----------------------------------------------------------------------------
-    dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
     graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
@@ -208,6 +206,17 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     ))
     model.image_encoder.load_weights(args.weights)
     return model
+
+
+def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype, n_images: int,
+                frozen_epochs: int) -> None:
+    """Refuse a batch that cannot be trained on; note one that may not fit into memory."""
+    unfrozen = frozen_epochs < args.epochs
+    check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
+                     batchnorm_trained=unfrozen and not args.freeze_batchnorm)
+    note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
+    if note:
+        print(note, file=sys.stderr)
 
 
 def report_stop(

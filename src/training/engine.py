@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from src.models.loss import contrastive_loss
 from src.training.cuda_graph import GraphedStep
 from src.utils.distributed import all_gather_with_grad, average_gradients, rank, split_evenly
 from src.utils.errors import UserError
-from src.utils.runtime import autocast, seed_all
+from src.utils.runtime import autocast, free_memory, seed_all
 
 CHECK_SECONDS = 0.5  # how often the loss is read: on a GPU the host has to wait for it
 
@@ -276,6 +277,55 @@ def check_batch_size(
             f"BatchNorm cannot be trained on a single image of {image_size} pixels, and a batch of "
             f"{batch_size} has one in a chunk or process of its own: choose another --batch-size, "
             "--chunk-size or number of processes, or a larger --image-size")
+
+
+def explain_memory(
+    model: DualEncoder, batch_size: int, chunk_size: int | None, dtype: torch.dtype
+) -> str | None:
+    """Return a warning if training the image encoder may need more memory than is free, or None.
+
+    The system may kill a process without a message when its memory is used up.
+
+    Args:
+        model: on the device to train on.
+        batch_size: images per step, over all ranks.
+        chunk_size: images in memory at a time, None for all.
+        dtype: of matrix products and convolutions.
+    """
+    device = model.logit_scale.device
+    free = free_memory(device)
+    count = max(len(part) for part in split_evenly(batch_size))
+    one = 1.6 * activation_bytes(model, dtype)  # with gradients and the kernels' own buffers
+    needed = one * min(count, chunk_size or count)
+    if free is None or needed < free:
+        return None
+    fitting = max(1, 2 ** int(math.log2(max(1, free / 2 / one))))
+    return (f"note: a step takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB "
+            f"are free: --chunk-size {fitting} takes {one * fitting / 1e9:.1f} GB, for a second "
+            "forward pass")
+
+
+def activation_bytes(model: DualEncoder, dtype: torch.dtype) -> float:
+    """Return the bytes per image that the image encoder keeps for the backward pass."""
+    sizes: dict[int, int] = {}  # address of a saved tensor's memory -> its bytes
+    parameters = {p.data_ptr() for p in model.parameters()}
+    saved = []  # alive, so that no two have the same address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            sizes[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    size = model.config.image_size
+    images = torch.zeros(2, 3, size, size, device=model.logit_scale.device)
+    encoder = model.image_encoder.train()
+    encoder.freeze_batchnorm()  # no image may change the statistics; train_one_epoch undoes it
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+            autocast(images.device, dtype):
+        encoder.backbone(images.contiguous(memory_format=torch.channels_last))
+    return sum(sizes.values()) / len(images)
 
 
 def _check_finite(
