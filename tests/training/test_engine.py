@@ -160,7 +160,7 @@ def test_the_first_bad_step_is_named(colors, monkeypatch):
     """If the loss is checked only after several steps, the first step that broke it is named."""
     monkeypatch.setattr(engine, "CHECK_SECONDS", math.inf)
     losses = iter([1.0, math.inf, 1.0, math.nan])
-    monkeypatch.setattr(engine, "forward_backward", lambda *_, **__: torch.tensor(next(losses)))
+    monkeypatch.setattr(engine, "_add_gradients", lambda *_, **__: torch.tensor(next(losses)))
     model = make_model()
     optimizer = build_optimizer(model, 1e-3, 0.0)
     with pytest.raises(UserError, match="epoch 1, step 1 "):
