@@ -48,7 +48,14 @@ from src.evaluation.export_check import (
 )
 from src.evaluation.metrics import RECALL_AT
 from src.models.checkpoint import Checkpoint, load_checkpoint
-from src.models.export import FORMATS, PRECISIONS, check_text_encoder, image_card, text_card
+from src.models.export import (
+    FORMATS,
+    PRECISIONS,
+    check_packages,
+    check_text_encoder,
+    image_card,
+    text_card,
+)
 from src.search.update_index import find_images
 from src.utils.errors import UserError, run_script
 from src.utils.files import fingerprint
@@ -68,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.format != "onnx" and (given.precision == "int8" or given.float_input):
         flag = "--float-input" if given.float_input else "--precision int8"
         raise UserError(f"{flag} is for --format onnx")
+    check_packages(given.format)
     results = resolve_results(given)
     path = given.checkpoint or results.best
     checkpoint = load_checkpoint(path)

@@ -141,7 +141,8 @@ def test_peak_memory_counts_freed_memory() -> None:
 
 def test_the_table_of_exported_files(tmp_path, monkeypatch, capsys):
     """Every row has size, speed and cosine; the cosines fall with the precision."""
-    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_captions(["a b"], 1, 4)
     model = DualEncoder(ModelConfig(len(tokenizer), "efficientnet-lite0", image_size=SIZE))

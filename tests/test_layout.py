@@ -22,7 +22,7 @@ LIBRARIES = {
     "matplotlib": {"utils/plots"}, "fcntl": {"utils/files"},
     "http": {"search/page_server", "models/image_encoder"},
     "pandas": {"data/captions", "data/caption_files"}, "safetensors": {"utils/tensors"},
-    "onnx": {"models/onnx_graph", "models/onnx_runtime"}, "onnxruntime": {"models/onnx_runtime"},
+    "onnx": {"models/onnx_graph"}, "onnxruntime": {"models/onnx_runtime"},
 }
 
 

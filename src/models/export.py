@@ -23,7 +23,13 @@ from src.models.text_encoder import TextEncoder
 from src.models.tokenizer import Tokenizer, split_words
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
-from src.utils.tensors import load_safetensors, load_tensors, save_safetensors, save_tensors
+from src.utils.tensors import (
+    import_safetensors,
+    load_safetensors,
+    load_tensors,
+    save_safetensors,
+    save_tensors,
+)
 
 FORMATS = {"torch": ".pth", "onnx": ".onnx", "safetensors": ".safetensors"}
 PRECISIONS = ("float32", "float16", "int8")
@@ -33,6 +39,15 @@ BACKBONE = "backbone."  # prefix of the tensor names of the EfficientNet in a sa
 # (B, resize, resize, 3) uint8 -> (B, D) float32
 ImageFunction = Callable[[np.ndarray], np.ndarray]
 TextFunction = Callable[[Sequence[str]], np.ndarray]  # M texts -> (M, D) float32
+
+
+def check_packages(format: str) -> None:
+    """Raise a UserError with the pip command if a package of a format is not installed."""
+    if format == "onnx":
+        onnx_graph.import_onnx()
+        onnx_runtime.import_onnxruntime()
+    elif format == "safetensors":
+        import_safetensors()
 
 
 def image_card(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,16 +100,25 @@ def set_metadata(graph: ModelProto, **values: Any) -> bytes:
     return graph.SerializeToString()
 
 
+def import_onnx() -> ModuleType:
+    """Return the package onnx.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError("--format onnx needs other packages: pip install onnx onnxruntime"
+                        ) from error
+    return onnx
+
+
 class _Graph:
     """An ONNX graph that is built node by node; values are known by their names."""
 
     def __init__(self, half: bool) -> None:
-        try:
-            import onnx
-        except ImportError as error:
-            raise UserError("--format onnx needs another package: pip install onnx onnxruntime"
-                            ) from error
-        self.onnx, self.half = onnx, half
+        self.onnx, self.half = import_onnx(), half
         self.nodes: list = []
         self.initializers: list = []
 

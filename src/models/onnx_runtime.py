@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from src.models.onnx_graph import import_onnx
 from src.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def quantize(graph: ModelProto, batches: Iterable[np.ndarray]) -> ModelProto:
     Raises:
         UserError: onnxruntime is not installed.
     """
+    onnx = import_onnx()
     import_onnxruntime()
-    import onnx
     from onnxruntime import quantization
 
     [source] = graph.graph.input

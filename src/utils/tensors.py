@@ -71,7 +71,7 @@ def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: s
     Raises:
         UserError: the package is not installed, or the file cannot be written; see `write_atomic`.
     """
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(path, safetensors.save(dense, {"format": "pt", **metadata}))
 
@@ -82,7 +82,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     Raises:
         UserError: the package is not installed, or the file cannot be read.
     """
-    _import_safetensors()
+    import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -92,7 +92,12 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _import_safetensors() -> ModuleType:
+def import_safetensors() -> ModuleType:
+    """Return safetensors.torch.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
         import safetensors.torch
     except ImportError as error:
