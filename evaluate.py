@@ -15,6 +15,11 @@ the split are by default those of the training run.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
 import json
 import time
@@ -41,7 +46,7 @@ from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.utils.distributed import process_group, rank
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
 from src.utils.runtime import pick_device, tune_malloc

@@ -10,6 +10,11 @@ one batch with an untrained model. The exit status is 1 if something is wrong.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import contextlib
 import math
 import os
@@ -32,7 +37,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import printable, run_script, shorten
+from src.utils.errors import printable, shorten
 from src.utils.runtime import pick_device, seed_all
 
 MAX_LINES = 30  # of problems that are printed

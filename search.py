@@ -20,6 +20,11 @@ The exit status is 1 if some of the queries were not answered.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script()
+
 import argparse
 import codecs
 import functools
@@ -34,7 +39,7 @@ from src.search.answers import Filter, Library, answer_image, answer_text, forma
 from src.search.manage import index_folder, list_indexes, remove_index
 from src.search.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
 from src.search.update_index import end_updates, help_update, update_index
-from src.utils.errors import UserError, printable, run_script
+from src.utils.errors import UserError, printable
 from src.utils.paths import DataPaths
 
 # torch, Pillow and the modules that need them are imported where they are used: a text query with

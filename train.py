@@ -16,6 +16,11 @@ five images) and rejected.csv.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
 import shlex
 import sys
@@ -42,7 +47,7 @@ from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 

@@ -10,6 +10,11 @@ The README has an example that loads it without this project.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 from pathlib import Path
 
 from src.cli import (
@@ -20,7 +25,6 @@ from src.cli import (
 )
 from src.data.pixel_store import store_size
 from src.models.checkpoint import export_image_encoder, load_checkpoint
-from src.utils.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:

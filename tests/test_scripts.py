@@ -29,9 +29,10 @@ from src.training.engine import Progress, train_one_epoch
 from src.training.recipes import RECIPES
 from src.training.run_state import RunState
 from src.utils import files
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
+from src.utils.script import run_script
 from tests.compare import differences
 from tests.tiny_data import make_tiny_data
 

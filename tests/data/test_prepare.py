@@ -23,7 +23,8 @@ from src.data.pixel_store import PixelStore
 from src.data.prepare import HARMLESS, check_strict, collect_issues, write_rejected
 from src.data.source import DataSource, scan_dataset
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import UserError, printable, run_script
+from src.utils.errors import UserError, printable
+from src.utils.script import run_script
 from tests.stress.bad_input import (
     BAD_NAMES,
     READ,
@@ -312,7 +313,8 @@ def test_printable_text_controls_no_terminal(text: str) -> None:
 
 def run(code: str, *pipe: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a line under run_script, with a closed output if `pipe` is given."""
-    script = f"from src.utils.errors import *\ndef main():\n    {code}\nrun_script(main)"
+    script = ("from src.utils.errors import *\nfrom src.utils.script import run_script\n"
+              f"def main():\n    {code}\nrun_script(main)")
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
                           env={**os.environ, **environment}) as process:
