@@ -15,7 +15,7 @@ the split are by default those of the training run.
 
 from __future__ import annotations
 
-from src.utils.script import run_script, start_script
+from src.utils.script import run_script, start_script, status
 
 if __name__ == "__main__":
     start_script("PyTorch")  # before the imports, which take seconds
@@ -32,6 +32,8 @@ from src.cli import (
     add_results_arguments,
     add_split_arguments,
     defaults_from_checkpoint,
+    find_checkpoint,
+    png_file,
     resolve_data,
     resolve_results,
     scan_arguments,
@@ -60,18 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     add_split_arguments(parser)
     add_checkpoint_arguments(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "all"), default="val",
-                        help="(default: %(default)s)")
+                        help="images to evaluate on (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="JSON file of the metrics "
                         "(default: RESULTS_DIR/evaluation_SPLIT.json)")
-    parser.add_argument("--mistakes", type=Path, metavar="FILE.png",
+    parser.add_argument("--mistakes", type=png_file, metavar="FILE.png",
                         help="draw the captions that rank their own image worst")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
-    checkpoint = args.checkpoint or results.best
-    model, tokenizer, content = load_checkpoint(checkpoint)
+    checkpoint = find_checkpoint(args, results)
+    with status("loading the model"):
+        model, tokenizer, content = load_checkpoint(checkpoint)
     args = defaults_from_checkpoint(parser, argv, content)
     tune_malloc()
     with process_group():

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0  # the other ranks print nothing
         if is_main:
-            cli.prepare_results(results.folder)
+            cli.prepare_results(results.folder, args.tensorboard)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
         with only_writer(results.folder) if is_main else nullcontext():
@@ -104,7 +104,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
             data=run_state.data_digests(train=train_set, validation=val_set),
-            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
+            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request,
+            tensorboard=args.tensorboard)
         run.start(resumed)
         # A function of the step, built after the steps of a resumed run are known.
         scheduler = build_schedule(
@@ -119,7 +120,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in splits]
-        print(EPOCH_HEADER)
+        if len(run.log) < args.epochs:
+            print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(

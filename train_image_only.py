@@ -21,6 +21,7 @@ from src.cli import (
     Parser,
     add_checkpoint_arguments,
     add_results_arguments,
+    find_checkpoint,
     resolve_results,
 )
 from src.data.pixel_store import store_size
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                         "(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
-    checkpoint, output = args.checkpoint or results.best, args.output or results.exported
+    checkpoint, output = find_checkpoint(args, results), args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
     export_image_encoder(output, model, resize=store_size(model.config.image_size))
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "

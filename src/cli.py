@@ -11,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from src.training.recipes import IMAGE_SIZES, RECIPES
+from src.training.tensorboard import check_tensorboard
 from src.utils.errors import UserError
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # Flags and recipes of earlier versions -> their names today.
-RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta", "seed": "baseline"}
+RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
+           "--recipe seed": "--recipe baseline"}
+
+
+DEMO_RESULTS = Path("results/demo")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +33,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Exit with status 2; print the error, the nearest valid names, and where help is."""
         unknown = re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2])
-        unknown += re.findall(r"--recipe: invalid choice: '([^']*)'", message)
-        valid = {name: name for name in (*self._option_string_actions, *RECIPES)}
+        valid = {name: name for name in self._option_string_actions}
+        if recipe := re.search(r"--recipe: invalid choice: '([^']*)'", message):
+            unknown.append(f"--recipe {recipe[1]}")
+            valid |= {f"--recipe {name}": f"--recipe {name}" for name in RECIPES}
         valid |= {old: new for old, new in RENAMED.items() if new in valid}
         nearest = [valid[match] for name in unknown
                    for match in difflib.get_close_matches(name, valid, 1)]
@@ -64,7 +71,8 @@ class SearchParser(Parser):
         """Parse a command line.
 
         A value after the first folder of --images that is neither a folder nor looks like a path
-        is a query, as in `--images photos "a red car"`.
+        is a query, as in `--images photos "a red car"`. Texts of one word each are one query, as
+        in `search.py a red car`.
         """
         self.seen.clear()
         parsed = self.parse_intermixed_args(args, namespace)
@@ -73,6 +81,8 @@ class SearchParser(Parser):
                      if not os.path.exists(path) and len(path.parts) == 1]
             parsed.images = [path for path in parsed.images if path not in texts]
             parsed.query = [*parsed.query, *map(str, texts)]
+        if all(len(text.split()) < 2 for text in parsed.query) and parsed.query:
+            parsed.query = [" ".join(parsed.query)]
         return parsed
 
 
@@ -255,6 +265,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
                          help="save within an epoch too, so that a power cut costs at most this "
                          "time (default: %(default)s)")
+    machine.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                         help="also write the curves for TensorBoard, to RESULTS_DIR/tensorboard "
+                         "(default: %(default)s)")
     machine.add_argument("--deterministic", action="store_true",
                          help="give the same bits in every run on a GPU too, at some cost in "
                          "speed; a CPU always does")
@@ -279,7 +292,7 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> Non
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:
     """Return the result paths for the arguments of `add_results_arguments`."""
-    return ResultPaths(args.results_dir or Path("results/demo" if args.demo else "results"))
+    return ResultPaths(args.results_dir or (DEMO_RESULTS if args.demo else Path("results")))
 
 
 def resolve_data(args: argparse.Namespace) -> DataPaths:
@@ -309,6 +322,25 @@ def scan_arguments(args: argparse.Namespace) -> dict:
     )
 
 
+def find_checkpoint(args: argparse.Namespace, results: ResultPaths) -> Path:
+    """Return the checkpoint that the arguments of `add_checkpoint_arguments` mean.
+
+    Raises:
+        UserError: there is no such file; the message says which models there are.
+    """
+    checkpoint = args.checkpoint or results.best
+    if args.checkpoint and not checkpoint.exists():
+        raise UserError(f"there is no file {checkpoint}")
+    if not checkpoint.exists():
+        has_demo = not (args.demo or args.results_dir) and ResultPaths(DEMO_RESULTS).best.exists()
+        raise UserError(
+            f"there is no file {checkpoint}: "
+            + ("use the model of the demo with --demo, " if has_demo else "")
+            + f"train one with python train.py{' --demo' if args.demo else ''}, use the model of "
+            "the repository with --pretrained, or name a checkpoint with --checkpoint")
+    return checkpoint
+
+
 def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
     """With --demo, draw the synthetic dataset unless it is complete already.
 
@@ -325,12 +357,15 @@ def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
     make_demo_dataset(data.images.parent)
 
 
-def prepare_results(folder: Path) -> None:
+def prepare_results(folder: Path, tensorboard: bool = False) -> None:
     """Create the results folder and check that it is writable, before hours of work depend on it.
 
     Raises:
-        UserError: a file has that name, or the folder is not writable.
+        UserError: a file has that name, the folder is not writable, or `tensorboard` is asked for
+            and not installed.
     """
+    if tensorboard:
+        check_tensorboard()
     try:
         (folder / "models").mkdir(parents=True, exist_ok=True)
         probe = folder / "models" / ".writable"
@@ -353,6 +388,13 @@ def number(
 
     parse.__name__ = kind.__name__  # argparse prints it for text that is not a number
     return parse
+
+
+def png_file(text: str) -> Path:
+    """Return the path of a picture to write, for argparse."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text} must end in .png: pictures are PNG files")
+    return Path(text)
 
 
 positive_int = number(int, "at least 1", lambda value: value >= 1)

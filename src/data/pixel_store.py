@@ -217,7 +217,8 @@ def _decode_into(
     waiting: deque[tuple[list[str], list[Future]]] = deque()
     try:
         with (open(journal, "a", encoding="utf-8") as log,
-              tqdm(total=len(rows), desc="decoding", unit="image") as bar):
+              tqdm(total=len(rows), desc="decoding", unit="image", leave=False,
+                   disable=None) as bar):
             for chunk in [*chunks, []]:  # one chunk ahead: no core idles during a flush
                 waiting.append((chunk, [pool.submit(decode, name) for name in chunk]))
                 if len(waiting) < 2:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from src.data.caption_files import decode, split_of_file
 from src.data.captions import Annotations, DataIssue, ImageRecord, read_annotations
 from src.utils.errors import UserError
+from src.utils.script import status
 
 
 @dataclass
@@ -110,8 +111,9 @@ def scan_dataset(
     if not images.is_dir():
         raise UserError(f"{images} is not an image folder")
     try:
-        read = read_annotations(paths, image_column, caption_columns, split_column,
-                                match_image_names=partial(match_image_names, images))
+        with status("reading the captions"):
+            read = read_annotations(paths, image_column, caption_columns, split_column,
+                                    match_image_names=partial(match_image_names, images))
         names = {record.name for record in read.records}
         present = _find_files(images, names)
     except OSError as error:

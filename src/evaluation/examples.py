@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from src.evaluation.embed import embed_images, embed_tokens
 from src.evaluation.metrics import text_to_image_ranks
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import split_words
-from src.utils.plots import SheetRow, plot_contact_sheet
+from src.utils.plots import SheetRow, plot_contact_sheet, rank_headings
 
 BLOCK = 1024  # captions that are ranked at a time
 
@@ -85,12 +86,12 @@ def plot_mistakes(
             others = {rank: image for rank, image in enumerate(mistake.top, start=1)
                       if image != own}
             rows[own] = SheetRow(
-                dataset.captions[mistake.caption],
+                as_prose(dataset.captions[mistake.caption]),
                 list(dataset.take_images(np.array([own, *others.values()])).numpy()),
-                [f"its image, rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
+                [f"rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
                 correct=0,
             )
-    plot_contact_sheet(path, list(rows.values()))
+    plot_contact_sheet(path, list(rows.values()), headings=["caption", "its image", "ranked above"])
 
 
 def plot_examples(
@@ -107,11 +108,20 @@ def plot_examples(
     is_own = images == dataset.image_index[captions, None]
     plot_contact_sheet(path, [
         SheetRow(
-            dataset.captions[caption],
+            as_prose(dataset.captions[caption]),
             list(dataset.take_images(best.numpy()).numpy()),
             [f"{score:.2f}" for score in its_scores.tolist()],
             correct=int(own.int().argmax()) if own.any() else None,
         )
         for caption, its_scores, best, own in zip(captions.tolist(), scores, images, is_own,
                                                   strict=True)
-    ])
+    ], headings=rank_headings("caption", images.shape[1]))
+
+
+def as_prose(caption: str) -> str:
+    """Return a caption as it is printed: without blanks before its marks, and a capital letter.
+
+    The captions of Flickr30k are tokenized: 'A man 's hat , on a dog .'
+    """
+    text = re.sub(r"\s+([.,;:!?]|'s\b|n't\b)", r"\1", caption.strip())
+    return text[:1].upper() + text[1:]

@@ -6,6 +6,7 @@ import re
 import sys
 
 SHOWN_NAMES = 3  # names in a message that counts more
+MAX_LINES = 10  # of a list that is printed
 
 
 class UserError(Exception):
@@ -42,10 +43,10 @@ def shorten(names: list[str], separator: str = ", ") -> str:
     return printable(separator.join(names[:SHOWN_NAMES])) + more
 
 
-def shorten_lines(lines: list[str], limit: int = 10) -> list[str]:
+def shorten_lines(lines: list[str]) -> list[str]:
     """Return the first lines of a list, and a line that says how many more there are."""
-    more = len(lines) - limit
-    return lines if more <= 0 else [*lines[:limit], f"and {more:,} more"]
+    more = len(lines) - MAX_LINES
+    return lines if more <= 0 else [*lines[:MAX_LINES], f"and {more:,} more"]
 
 
 def counted(number: int, things: str) -> str:

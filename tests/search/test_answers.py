@@ -228,17 +228,68 @@ def test_a_text_after_images_is_a_query(
         search.main([*others, "red", "--images", folder, str(tmp_path / "missing")])
 
 
-def test_unquoted_words_are_explained(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    """Several words without quotes are queries of their own, and a note says so; a word to avoid
-    without quotes looks like a flag."""
-    search.main(["red", "circle", *flags])
-    assert "note: 2 queries; put quotes around words" in capsys.readouterr().err
-    search.main(["red circle", *flags])
-    assert "put quotes" not in capsys.readouterr().err
+def test_words_without_quotes_are_one_query(
+    flags: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """Texts of one word each are one query; of texts with several words each is a query. A word to
+    avoid without quotes looks like a flag, and a minus sign that stands alone is noted."""
+    words, text = ask(capsys, "red", "circle", *flags), ask(capsys, "red circle", *flags)
+    assert len(words) == 1 and words == text
+    both = ask(capsys, "red circle", "blue", *flags)
+    assert [answer["query"] for answer in both] == ["red circle", "blue"]
+    search.main(["beach - people", *flags])
+    assert "-people without a space subtracts" in capsys.readouterr().err
+    search.main(["beach -people", *flags])
+    assert "subtracts" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         search.main(["beach", "-people", *flags])
     assert 'quote a word to avoid together with the others: "beach -people"' in \
         capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "reason"), [
+    (["zebra"], "no word of"), (["red", "--images", "missing"], "no folder of photos"),
+    (["red", "--images", "empty"], "no readable image"),
+    (["red", "--word-vectors", "missing.vec"], "no file"),
+])
+def test_a_failed_search_leaves_no_folder(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], reason: str
+) -> None:
+    """What it created is removed, in a results folder and for --index-dir; what was there before
+    stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    checkpoint = ["--checkpoint", str(results / "models" / "flickr30k_clip_best.pth"),
+                  "--device", "cpu"]
+    argv = argv if "--images" in argv else [*argv, "--images", "empty"]
+    for place in (["--results-dir", "new/results"], ["--index-dir", "new/index"],
+                  ["--index-dir", "old/index"]):
+        with pytest.raises(UserError, match=reason):
+            search.main([*argv, *checkpoint, *place])
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "old"]
+
+
+def test_a_failed_search_keeps_the_indexes(
+    flags: list[str], results: Path, images: Path, tmp_path: Path
+) -> None:
+    """A later search that fails removes its own folder, and no index of another folder."""
+    shutil.copytree(results, tmp_path / "results")
+    place = ["--results-dir", str(tmp_path / "results"), "--device", "cpu"]
+    search.main(["red", *place, "--images", str(images)])
+    before = sorted((tmp_path / "results").rglob("*"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no readable image"):
+        search.main(["red", *place, "--images", str(tmp_path / "empty")])
+    assert sorted((tmp_path / "results").rglob("*")) == before
+
+
+def test_a_text_without_a_known_word_is_said_once(flags: list[str]) -> None:
+    """The message has the text and, if there are any, similar words."""
+    with pytest.raises(UserError) as raised:
+        search.main(["peple zebra", *flags])
+    assert str(raised.value) == (
+        "no word of 'peple zebra' is known to the model; near 'peple': people")
 
 
 # ---- Queries and output --------------------------------------------------------------------------
