@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mistakes", type=png_file, metavar="FILE.png",
                         help="draw the captions that rank their own image worst")
     parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+                        help="device to use, such as cpu, cuda, cuda:1 or mps (default: "
+                        "%(default)s)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
     checkpoint = find_checkpoint(args, results)

@@ -38,7 +38,7 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import counted, printable, shorten, shorten_lines
+from src.utils.errors import MAX_LINES, counted, printable, shorten, shorten_lines
 from src.utils.runtime import pick_device, seed_all
 
 
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_split_arguments(parser)
     parser.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                        metavar="NAME", help="as for train.py (default: %(default)s)")
+                        metavar="NAME",
+                        help="image encoder, as for train.py (default: %(default)s)")
     parser.add_argument("--image-size", type=cli.positive_int, metavar="PIXELS",
                         help="height and width of the input images (default: 224, with --demo 64)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, metavar="N",
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     for title, messages in (("wrong:", found), ("warnings:", warnings)):
         if messages:
             print(f"\n{title}", *shorten_lines(list(map(printable, messages))), sep="\n  ")
+            if len(messages) > MAX_LINES:
+                print("  train.py writes all of them to rejected.csv")
     if not found and not warnings:
         print("\nall is well")
     return 1 if problems else 0

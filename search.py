@@ -143,8 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
     queries.add_argument("query", nargs="*",
                          help="a text, with or without quotes; of several texts each needs quotes")
     queries.add_argument("--queries", metavar="FILE",
-                         help="texts, one per line; - for standard input")
-    queries.add_argument("--image", type=Path, metavar="FILE", help="a photo instead of a text")
+                         help="a file of texts, one per line; - for standard input")
+    queries.add_argument("--image", type=Path, metavar="FILE",
+                         help="a photo; the most similar photos are answered")
     photos = parser.add_argument_group("photos")
     photos.add_argument("--images", type=Path, metavar="DIR", nargs="+", action="extend",
                         help="folders of photos, with their subfolders (default: the training "
@@ -158,12 +159,14 @@ def make_parser() -> argparse.ArgumentParser:
                         "those of the training run)")
     cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
-                        help="holds images/ and annotations/annotations.csv")
+                        help="folder with images/ and annotations/annotations.csv")
     cli.add_checkpoint_arguments(photos)
     photos.add_argument("--word-vectors", type=Path, metavar="FILE",
                         help="GloVe or other pretrained word vectors (text, .vec, .npz), which "
                         "add words that were not in the training captions")
-    photos.add_argument("--device", default="auto", help="(default: %(default)s)")
+    photos.add_argument("--device", default="auto",
+                        help="device to embed on, such as cpu, cuda, cuda:1 or mps (default: "
+                        "%(default)s)")
     index = parser.add_argument_group("index")
     index.add_argument("--index-dir", type=Path, metavar="DIR",
                        help="where the index is stored (default: a folder in RESULTS_DIR/index)")
@@ -183,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--duplicates", action="store_true",
                         help="show near duplicates one by one")
     output.add_argument("--explain", action="store_true",
-                        help="what each word adds to each score")
+                        help="print what each word adds to each score")
     output.add_argument("--json", action="store_true", help="print a JSON line for each query")
     output.add_argument("--sheet", type=cli.png_file, metavar="FILE.png",
                         help="draw the answers as a picture")

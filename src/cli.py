@@ -124,7 +124,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint and --pretrained, of which one may be given; both set `checkpoint`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--checkpoint", type=Path, metavar="FILE",
-                       help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+                       help="model to use (default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
     group.add_argument("--pretrained", action="store_const", const=PRETRAINED, dest="checkpoint",
                        help="use the model that comes with the repository")
 
@@ -158,7 +158,7 @@ def add_column_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--caption-column", nargs=1, action=Repeatable, metavar="NAME",
                        help="column of the captions; may be repeated (default: found by its name)")
     group.add_argument("--split-column", metavar="NAME",
-                       help="column of train, val and test (default: split)")
+                       help="column that says train, val or test (default: split)")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +184,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
                        metavar="NAME",
-                       help=f"{', '.join(IMAGE_ENCODERS)} (default: %(default)s)")
+                       help="efficientnet-b0 to efficientnet-b7, or efficientnet-lite0 to "
+                       "efficientnet-lite2 (default: %(default)s)")
     group.add_argument("--weights", metavar="imagenet|none|PATH",
                        help="initial weights of the image encoder (default: %(default)s)")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
@@ -220,7 +221,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="defaults for the training and model flags; a flag on the command line "
                        "has priority (default: baseline; with --demo: demo)")
     group.add_argument("--epochs", type=positive_int, metavar="N",
-                       help="(default: %(default)s)")
+                       help="passes over the training captions (default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, metavar="IMAGES",
                        help="images per step, over all processes (default: %(default)s)")
     group.add_argument("--captions-per-image", type=positive_int, metavar="N",
@@ -230,7 +231,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-encoder-lr", type=positive_float, metavar="LR",
                        help="learning rate of the image encoder (default: --lr)")
     group.add_argument("--weight-decay", type=non_negative_float, metavar="X",
-                       help="(default: %(default)s)")
+                       help="weight decay of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=("constant", "cosine"),
                        help="learning rate schedule (default: %(default)s)")
     group.add_argument("--warmup-steps", type=non_negative_int, metavar="N",
@@ -251,10 +252,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: %(default)s)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto",
-                         help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+                         help="device to train on, such as cpu, cuda, cuda:1 or mps (default: "
+                         "%(default)s)")
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
-                         help="of matrix products and convolutions in training; auto is bfloat16 "
-                         "if the device supports it (default: %(default)s)")
+                         help="precision of matrix products and convolutions in training; auto is "
+                         "bfloat16 if the device supports it (default: %(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
                          "or more at the first step (default: %(default)s)")

@@ -21,24 +21,34 @@ def index_folder(indexes: Path, images: Path) -> Path:
 
 @contextlib.contextmanager
 def remove_if_failed(indexes: Path) -> Iterator[None]:
-    """Remove the folders that the block creates in `indexes`, if it raises before it has an index.
+    """Remove the folders that the block creates in `indexes`, if it raises and they have no photos.
 
-    An index that is complete or was interrupted stays, and so do folders that were there before.
+    An index with photos, also an unfinished one, stays, and so do folders that were there before.
     """
     created = [path for path in (indexes, *indexes.parents) if not path.exists()]
     before = set() if created else set(indexes.glob("*"))
     try:
         yield
     except BaseException:
-        if created and not any(indexes.rglob("index.json")):
+        if created and not any(map(_holds_photos, indexes.rglob("index.json"))):
             shutil.rmtree(indexes, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds other files
                 for parent in created[1:]:
                     parent.rmdir()
-        for path in set(indexes.glob("*/")) - before:
-            if not (path / "index.json").exists():
+        for path in set(indexes.glob("*")) - before:
+            if path.is_dir() and not _holds_photos(path / "index.json"):
                 shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _holds_photos(file: Path) -> bool:
+    """Return whether the index in a file has photos, as far as it can be read."""
+    try:
+        return bool(json.loads(file.read_bytes())["names"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def list_indexes(indexes: Path) -> str:

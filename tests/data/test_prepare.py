@@ -157,8 +157,8 @@ def flags(odd: OddData, tmp_path: Path) -> list[str]:
 def test_main_names_what_is_wrong(
     odd: OddData, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Exit status 1 and each kind with its count; with --strict every unreadable image too; and no
-    name controls the terminal."""
+    """Exit status 1 and each kind with its count; with --strict unreadable images too, ten lines at
+    most; and no name controls the terminal."""
     assert main_script.main(flags(odd, tmp_path)) == 1
     out = capsys.readouterr().out
     read = odd.source.annotations
@@ -167,8 +167,9 @@ def test_main_names_what_is_wrong(
     assert main_script.main([*flags(odd, tmp_path), "--strict"]) == 1
     strict = capsys.readouterr().out
     assert f"{len(odd.store.rows)} of {len(odd.names)} images can be read" in strict
-    for name in odd.store.failed:
-        assert name in strict
+    wrong = strict.split("\nwrong:\n")[1].split("\nwarnings:")[0].splitlines()
+    assert len(wrong) == 12 and wrong[10].startswith("  and ") and "rejected.csv" in wrong[11]
+    assert any(name in line for name in odd.store.failed for line in wrong[:10])
     assert all(c.isprintable() or c == "\n" for c in out + strict)
 
 
