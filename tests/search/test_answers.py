@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import urllib.parse
 from pathlib import Path
 
@@ -290,6 +292,60 @@ def test_a_text_without_a_known_word_is_said_once(flags: list[str]) -> None:
         search.main(["peple zebra", *flags])
     assert str(raised.value) == (
         "no word of 'peple zebra' is known to the model; near 'peple': people")
+
+
+def test_the_page_is_printed_as_an_address(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The address opens the page from disk, also for a folder with a blank in its name."""
+    page = tmp_path / "a page"
+    search.main(["--page", str(page), *flags])
+    assert f"searches 6 photos: {(page / 'index.html').as_uri()}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "opened"), [([], True), (["--no-browser"], False)])
+def test_serve_opens_the_browser(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str],
+    opened: bool,
+) -> None:
+    """Once the page is served, the browser of a screen gets its address; --no-browser opens none.
+    The message for a port that is in use has a command for another one."""
+    addresses = []
+    asked = threading.Event()
+
+    def open_address(address: str) -> None:
+        addresses.append(address)
+        asked.set()
+
+    monkeypatch.setattr("webbrowser.open", open_address)
+    monkeypatch.setattr(search, "has_browser", lambda: True)
+    monkeypatch.setattr("src.search.page_server.serve_page", lambda folder, port: (
+        asked.wait(60) if opened else None))
+    argv = ["--page", str(tmp_path / "page"), *flags, *more]
+    search.main([*argv, "--serve", "8123"])
+    assert addresses == (["http://127.0.0.1:8123/"] if opened else [])
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .*such as --serve {port + 1}"):
+            search.main([*argv, "--serve", str(port)])
+
+
+@pytest.mark.parametrize(("environment", "is_terminal", "expected"), [
+    ({"DISPLAY": ":0"}, True, True), ({"WAYLAND_DISPLAY": "w"}, True, True), ({}, True, False),
+    ({"DISPLAY": ":0"}, False, False), ({"DISPLAY": ":0", "SSH_CONNECTION": "x"}, True, False),
+])
+def test_a_browser_needs_a_screen(
+    monkeypatch: pytest.MonkeyPatch, environment: dict, is_terminal: bool, expected: bool
+) -> None:
+    """Not over SSH, not from a script, and not without a display."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert search.has_browser() == expected
 
 
 # ---- Queries and output --------------------------------------------------------------------------
