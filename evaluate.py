@@ -48,7 +48,7 @@ from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.utils.distributed import process_group, rank
-from src.utils.errors import UserError
+from src.utils.errors import UserError, counted
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
 from src.utils.runtime import pick_device, tune_malloc
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         output = args.output or results.folder / f"evaluation_{args.split}.json"
         write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
-        print(f"{args.split}: {len(dataset.records):,} images, {len(dataset):,} captions, "
+        print(f"{args.split}: {counted(len(dataset.records), 'images')}, "
+              f"{counted(len(dataset), 'captions')}, "
               f"{checkpoint} (epoch {content.get('epoch')})\n")
         print(format_table(metrics))
         print(f"\n{output}")

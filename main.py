@@ -98,7 +98,7 @@ def captions_of(records: list[ImageRecord]) -> list[str]:
 def check_data(source: DataSource) -> list[str]:
     """Print the numbers of rows, images, splits and duplicates. Returns what is wrong."""
     read = source.annotations
-    print(f"captions   {read.rows:,} rows, {printable(read.format)}\n"
+    print(f"captions   {counted(read.rows, 'rows')}, {printable(read.format)}\n"
           f"           {counted(len(read.fixed), 'caption rows repaired')}, "
           f"{len(read.rejected):,} rejected, "
           f"{len(read.repeated):,} repeated")

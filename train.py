@@ -47,7 +47,7 @@ from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
-from src.utils.errors import UserError
+from src.utils.errors import UserError, counted
 from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -197,8 +197,9 @@ def load_images(
         cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "val"), datasets, strict=True):
         name = {"train": "train", "val": "validation"}[split]
-        print(f"{name}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if reason := source.explain_small_split(split, len(dataset.records)):
+        n_images, n_captions = len(dataset.records), len(dataset)
+        print(f"{name}: {counted(n_images, 'images')}, {counted(n_captions, 'captions')}")
+        if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
     return datasets
 

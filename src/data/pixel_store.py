@@ -25,7 +25,7 @@ from src.data.images import (
     load_resized,
     reader_version,
 )
-from src.utils.errors import UserError
+from src.utils.errors import UserError, counted
 from src.utils.files import exclusive_lock, open_no_link, sync_folder, write_atomic
 
 CHUNK = 512  # images between two journal writes; an interruption loses at most two chunks
@@ -156,8 +156,8 @@ def _check_decoder(
            and entry.get("decoder") != (reader_version() if entry["error"] else DECODER)]
     if not old:
         return
-    print(f"an earlier version decoded {len(old):,} images: looking for color profiles and formats "
-          "that it did not know")
+    print(f"an earlier version decoded {counted(len(old), 'images')}: looking for color profiles "
+          "and formats that it did not know")
     for name in old:
         if not entries[name]["error"] and is_decoded_as_before(images / name):
             entries[name]["decoder"] = DECODER
@@ -170,8 +170,8 @@ def _check_disk(folder: Path, data: Path, needed: int, n_images: int, size: int)
     """Print the size of the store; raise UserError if the disk does not have the space."""
     extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
     free = shutil.disk_usage(folder).free
-    print(f"decoding {n_images:,} images once to {size}x{size}: {needed / 1e9:.2f} GB in {data} "
-          f"({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
+    print(f"decoding {counted(n_images, 'images')} once to {size}x{size}: {needed / 1e9:.2f} GB in "
+          f"{data} ({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
     if extra > free:
         raise UserError(
             f"the decoded images need {extra:,} more bytes in {folder}, where {free:,} are free: "
