@@ -42,7 +42,8 @@ from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
-from src.training.engine import check_batch_size, train_one_epoch
+from src.training.cuda_graph import graphed_step
+from src.training.engine import check_batch_size, explain_memory, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -92,14 +93,13 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
-    check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
-        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    dtype = runtime.compute_dtype(device, args.precision)
+    check_batch(args, model, dtype, len(train_set.records), frozen_epochs)
 
     # --- optimizer -----------------------------------------------------------------------------
-    dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
+    graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
@@ -107,8 +107,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request,
             tensorboard=args.tensorboard)
         run.start(resumed)
-        # A function of the step, built after the steps of a resumed run are known.
-        scheduler = build_schedule(
+        scheduler = build_schedule(  # a function of the step, which a resumed run knows by now
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
@@ -128,7 +127,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
                 epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
-                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
+                freeze_batchnorm=args.freeze_batchnorm, graphed=graphed, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             run.save()  # a run that is killed during validation continues with the validation
@@ -215,6 +214,17 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     ))
     model.image_encoder.load_weights(args.weights)
     return model
+
+
+def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype, n_images: int,
+                frozen_epochs: int) -> None:
+    """Refuse a batch that cannot be trained on; note one that may not fit into memory."""
+    unfrozen = frozen_epochs < args.epochs
+    check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
+                     batchnorm_trained=unfrozen and not args.freeze_batchnorm)
+    note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
+    if note:
+        print(note, file=sys.stderr)
 
 
 def report_stop(
