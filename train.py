@@ -22,7 +22,6 @@ if __name__ == "__main__":
     start_script("PyTorch")  # before the imports, which take seconds
 
 import argparse
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -36,9 +35,9 @@ from src.data.loader import cache_on_device, count_batches
 from src.data.prepare import prepare_datasets
 from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
-from src.evaluation.examples import plot_examples
+from src.evaluation.examples import report_best
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
-from src.models.checkpoint import Checkpoint, load_checkpoint
+from src.models.checkpoint import Checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
@@ -195,9 +194,9 @@ def load_images(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
         cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "val"), datasets, strict=True):
-        name = {"train": "train", "val": "validation"}[split]
         n_images, n_captions = len(dataset.records), len(dataset)
-        print(f"{name}: {counted(n_images, 'images')}, {counted(n_captions, 'captions')}")
+        print(f"{'train' if split == 'train' else 'validation'}: {counted(n_images, 'images')}, "
+              f"{counted(n_captions, 'captions')}")
         if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
     return datasets
@@ -231,26 +230,10 @@ def report_stop(
     args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
 ) -> int:
     """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
-    n_ranks = distributed.world_size()
-    launcher = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
-    place = " --demo" if args.demo else ""
-    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
     if distributed.rank() == 0:
         print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; continue with\n"
-              f"    {launcher} train.py --resume{place}", file=sys.stderr)
+              f"    {cli.resume_command(args, distributed.world_size())}", file=sys.stderr)
     return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
-
-
-def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
-    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
-    model, _, best = load_checkpoint(results.best)
-    if not len(val_set):
-        print(f"last epoch {best['epoch']}, without validation: {results.best}")
-        return
-    plot_examples(results.folder / "examples.png", model.to(device), val_set)
-    print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
-    print("captions with their top five images, the correct one framed: "
-          f"{results.folder / 'examples.png'}")
 
 
 if __name__ == "__main__":

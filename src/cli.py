@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -382,6 +383,14 @@ def prepare_results(folder: Path, tensorboard: bool = False) -> None:
     except OSError as error:
         raise UserError(f"cannot write results to {folder}: {error.strerror}; choose another "
                         "folder with --results-dir") from error
+
+
+def resume_command(args: argparse.Namespace, n_processes: int) -> str:
+    """Return the command that continues the run of train.py with `args`."""
+    launcher = f"torchrun --nproc-per-node {n_processes}" if n_processes > 1 else "python"
+    place = " --demo" if args.demo else ""
+    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
+    return f"{launcher} train.py --resume{place}"
 
 
 def number(

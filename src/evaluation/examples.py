@@ -12,8 +12,10 @@ import torch
 from src.data.dataset import Flickr30kDataset
 from src.evaluation.embed import embed_images, embed_tokens
 from src.evaluation.metrics import text_to_image_ranks
+from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import split_words
+from src.utils.paths import ResultPaths
 from src.utils.plots import SheetRow, plot_contact_sheet, rank_headings
 
 BLOCK = 1024  # captions that are ranked at a time
@@ -116,6 +118,18 @@ def plot_examples(
         for caption, its_scores, best, own in zip(captions.tolist(), scores, images, is_own,
                                                   strict=True)
     ], headings=rank_headings("caption", images.shape[1]))
+
+
+def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
+    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
+    model, _, best = load_checkpoint(results.best)
+    if not len(val_set):
+        print(f"last epoch {best['epoch']}, without validation: {results.best}")
+        return
+    plot_examples(results.folder / "examples.png", model.to(device), val_set)
+    print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
+    print("captions with their top five images, the correct one framed: "
+          f"{results.folder / 'examples.png'}")
 
 
 def as_prose(caption: str) -> str:
