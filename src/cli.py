@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,21 @@ RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
 DEMO_RESULTS = Path("results/demo")
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that does not break the names of models and programs at their hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help is the script's docstring, and whose errors are short."""
 
+    usage = "%(prog)s [flags]"  # a list of all flags would be twenty lines
+
     def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, usage=self.usage, allow_abbrev=False,
+                         formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> None:
         """Exit with status 2; print the error, the nearest valid names, and where help is."""
@@ -53,6 +63,8 @@ class SearchParser(Parser):
 
     Flags with the action "extend" may be repeated.
     """
+
+    usage = "%(prog)s [query ...] [flags]"
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description)

@@ -102,7 +102,7 @@ class PixelStore:
                 rows[name] = entries[name]["row"] if name in entries else next_row
                 next_row = max(next_row, rows[name] + 1)
             needed = next_row * row_bytes
-            _check_disk(folder, data, needed, len(stale), size)
+            _check_disk(folder, data, needed, len(stale))
             try:
                 _decode_into(data, journal, images, rows, signatures, entries, size, workers)
             except OSError as error:
@@ -166,12 +166,12 @@ def _check_decoder(
     write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
 
 
-def _check_disk(folder: Path, data: Path, needed: int, n_images: int, size: int) -> None:
+def _check_disk(folder: Path, data: Path, needed: int, n_images: int) -> None:
     """Print the size of the store; raise UserError if the disk does not have the space."""
     extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
     free = shutil.disk_usage(folder).free
-    print(f"decoding {counted(n_images, 'images')} once to {size}x{size}: {needed / 1e9:.2f} GB in "
-          f"{data} ({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
+    print(f"decoding {counted(n_images, 'images')} once to {data}: {extra / 1e9:.2f} GB, "
+          f"{free / 1e9:.1f} GB free")
     if extra > free:
         raise UserError(
             f"the decoded images need {extra:,} more bytes in {folder}, where {free:,} are free: "

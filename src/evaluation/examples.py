@@ -128,8 +128,7 @@ def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.d
         return
     plot_examples(results.folder / "examples.png", model.to(device), val_set)
     print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
-    print("captions with their top five images, the correct one framed: "
-          f"{results.folder / 'examples.png'}")
+    print(f"captions and their top five images: {results.folder / 'examples.png'}")
 
 
 def as_prose(caption: str) -> str:
