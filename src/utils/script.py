@@ -42,7 +42,7 @@ def _report_missing_package(
 
 
 def _is_terminal() -> bool:
-    """Return whether standard error is a terminal, of which this process is the only writer."""
+    """Return whether standard error is a terminal, and this the first process of the machine."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     return is_first and sys.stderr is not None and sys.stderr.isatty()
 
