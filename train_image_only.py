@@ -15,6 +15,11 @@ docs/export.md has examples that use the files without this project.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
 import sys
 import tempfile
@@ -29,6 +34,7 @@ from src.cli import (
     add_results_arguments,
     add_split_arguments,
     defaults_from_checkpoint,
+    find_checkpoint,
     resolve_data,
     resolve_results,
     scan_arguments,
@@ -57,7 +63,7 @@ from src.models.export import (
     text_card,
 )
 from src.search.update_index import find_images
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import fingerprint
 from src.utils.paths import PRETRAINED
 from src.utils.runtime import tune_malloc
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{flag} is for --format onnx")
     check_packages(given.format)
     results = resolve_results(given)
-    path = given.checkpoint or results.best
+    path = find_checkpoint(given, results)
     checkpoint = load_checkpoint(path)
     args = defaults_from_checkpoint(parser, argv, checkpoint.content)
     if args.text:

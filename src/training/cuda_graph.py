@@ -18,7 +18,7 @@ from src.data.dataset import Batch
 from src.utils.distributed import world_size
 from src.utils.runtime import copy_to_device
 
-ENABLED = False  # the default of --cuda-graph
+ENABLED = True  # the default of --cuda-graph
 WARM_UP = 3  # eager steps in which cuDNN chooses its kernels
 MAX_GRAPHS = 4  # shapes of batches: where images have unequal numbers of captions there are many
 

@@ -107,7 +107,8 @@ def train_one_epoch(
     start, last_check = time.perf_counter() - progress.seconds, 0.0
     waited_before = progress.wait_seconds
     with tqdm(loader, total=len(batches), initial=progress.step, desc=f"epoch {epoch}",
-              unit="step", disable=None if rank() == 0 else True, file=sys.stderr) as bar:
+              unit="step", leave=False, disable=None if rank() == 0 else True,
+              file=sys.stderr) as bar:
         for batch in bar:
             # The key makes a step a function of its number, so a resumed run draws the same numbers
             # without a saved generator state.
@@ -311,18 +312,19 @@ def activation_bytes(model: DualEncoder, dtype: torch.dtype) -> float:
     parameters = {p.data_ptr() for p in model.parameters()}
     saved = []  # alive, so that no two have the same address
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
+    def pack(tensor: torch.Tensor) -> None:
+        # Detached, and nothing is returned for a backward pass: an output that its own node holds
+        # would keep the graph, and with it the parameters' AccumulateGrad nodes, for good.
+        saved.append(tensor.detach())
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in parameters:
             sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor
 
     size = model.config.image_size
     images = torch.zeros(2, 3, size, size, device=model.logit_scale.device)
     encoder = model.image_encoder.train()
     encoder.freeze_batchnorm()  # no image may change the statistics; train_one_epoch undoes it
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), \
             autocast(images.device, dtype):
         encoder.backbone(images.contiguous(memory_format=torch.channels_last))
     return sum(sizes.values()) / len(images)

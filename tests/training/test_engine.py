@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import asdict
 
@@ -349,7 +350,8 @@ def small_model(image_size: int) -> DualEncoder:
 def test_activation_bytes_are_those_of_the_outputs():
     """They are proportional to the area, and between one and four times the convolutions' outputs.
 
-    The weights, the statistics and the random numbers of a later step are as before.
+    Weights and statistics are as before, and no tensor of the forward pass stays in memory: its
+    AccumulateGrad nodes would belong to another stream than those of a CUDA graph.
     """
     model = small_model(64)
     outputs = []
@@ -357,8 +359,12 @@ def test_activation_bytes_are_those_of_the_outputs():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda *call: outputs.append(call[2].nbytes / 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    gc.collect()
+    tensors = sum(type(item) is torch.Tensor for item in gc.get_objects())
     found = engine.activation_bytes(model, torch.float32)
     assert sum(outputs) < found < 4 * sum(outputs)
+    gc.collect()
+    assert sum(type(item) is torch.Tensor for item in gc.get_objects()) == tensors
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     larger = engine.activation_bytes(small_model(128), torch.float32)
     assert larger / found == pytest.approx(4, rel=0.15)
