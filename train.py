@@ -16,8 +16,12 @@ five images) and rejected.csv.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -31,18 +35,19 @@ from src.data.loader import cache_on_device, count_batches
 from src.data.prepare import prepare_datasets
 from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
-from src.evaluation.examples import plot_examples
+from src.evaluation.examples import report_best
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
-from src.models.checkpoint import Checkpoint, load_checkpoint
+from src.models.checkpoint import Checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
-from src.training.engine import check_batch_size, train_one_epoch
+from src.training.cuda_graph import graphed_step
+from src.training.engine import check_batch_size, explain_memory, train_one_epoch
 from src.training.frozen_features import frozen_features
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError, counted
 from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0  # the other ranks print nothing
         if is_main:
-            cli.prepare_results(results.folder)
+            cli.prepare_results(results.folder, args.tensorboard)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
         with only_writer(results.folder) if is_main else nullcontext():
@@ -87,22 +92,21 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
-    check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
-        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    dtype = runtime.compute_dtype(device, args.precision)
+    check_batch(args, model, dtype, len(train_set.records), frozen_epochs)
 
     # --- optimizer -----------------------------------------------------------------------------
-    dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
+    graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
             data=run_state.data_digests(train=train_set, validation=val_set),
-            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
+            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request,
+            tensorboard=args.tensorboard)
         run.start(resumed)
-        # A function of the step, built after the steps of a resumed run are known.
-        scheduler = build_schedule(
+        scheduler = build_schedule(  # a function of the step, which a resumed run knows by now
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
@@ -114,14 +118,15 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in splits]
-        print(EPOCH_HEADER)
+        if len(run.log) < args.epochs:
+            print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
                 epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
-                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
+                freeze_batchnorm=args.freeze_batchnorm, graphed=graphed, after_step=run.after_step)
             if run.stopped:
                 return report_stop(args, run, epoch, stop_request.signal), val_set
             run.save()  # a run that is killed during validation continues with the validation
@@ -189,9 +194,10 @@ def load_images(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
         cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "val"), datasets, strict=True):
-        name = {"train": "train", "val": "validation"}[split]
-        print(f"{name}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if reason := source.explain_small_split(split, len(dataset.records)):
+        n_images, n_captions = len(dataset.records), len(dataset)
+        print(f"{'train' if split == 'train' else 'validation'}: {counted(n_images, 'images')}, "
+              f"{counted(n_captions, 'captions')}")
+        if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
     return datasets
 
@@ -209,30 +215,25 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
     return model
 
 
+def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype, n_images: int,
+                frozen_epochs: int) -> None:
+    """Refuse a batch that cannot be trained on; note one that may not fit into memory."""
+    unfrozen = frozen_epochs < args.epochs
+    check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
+                     batchnorm_trained=unfrozen and not args.freeze_batchnorm)
+    note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
+    if note:
+        print(note, file=sys.stderr)
+
+
 def report_stop(
     args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
 ) -> int:
     """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
-    n_ranks = distributed.world_size()
-    launcher = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
-    place = " --demo" if args.demo else ""
-    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
     if distributed.rank() == 0:
         print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; continue with\n"
-              f"    {launcher} train.py --resume{place}", file=sys.stderr)
+              f"    {cli.resume_command(args, distributed.world_size())}", file=sys.stderr)
     return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
-
-
-def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
-    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
-    model, _, best = load_checkpoint(results.best)
-    if not len(val_set):
-        print(f"last epoch {best['epoch']}, without validation: {results.best}")
-        return
-    plot_examples(results.folder / "examples.png", model.to(device), val_set)
-    print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
-    print("captions with their top five images, the correct one framed: "
-          f"{results.folder / 'examples.png'}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import runpy
 import shutil
 import signal
 import stat
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,10 @@ from src.training.engine import Progress, train_one_epoch
 from src.training.recipes import RECIPES
 from src.training.run_state import RunState
 from src.utils import files
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
+from src.utils.script import run_script
 from tests.compare import differences
 from tests.tiny_data import make_tiny_data
 
@@ -356,11 +359,15 @@ def test_resume_may_change_learning_rate_and_weight_decay(run, stubs, capsys):
         assert f"note: {note}" in error
 
 
-def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
-    """If all epochs are done, the log and both checkpoints stay byte for byte."""
+def test_resuming_a_finished_run_changes_nothing(run, trained, stubs, capsys):
+    """If all epochs are done, the log and both checkpoints stay byte for byte, and a message says
+    how to train longer instead of an empty table."""
     run.copy("one", "finished")
     results = run.resume("finished")
     assert stubs.seen == []
+    out = capsys.readouterr().out
+    assert "all of its 1 epochs; train longer with --resume --epochs 6" in out
+    assert "rsum     time" not in out
     for name in (BEST, LAST, "log.jsonl"):
         assert (results / name).read_bytes() == (trained / name).read_bytes()
 
@@ -741,8 +748,8 @@ def error_of(capsys, *argv: str) -> str:
 
 @pytest.mark.parametrize("argv, nearest", [
     (["--epoch", "3"], "--epochs"), (["--mirror-mean"], "--flip-tta"),
-    (["--no-mirror-mean"], "--no-flip-tta"), (["--recipe", "seed"], "baseline"),
-    (["--recipe", "stron"], "strong"), (["--lrr=1", "--epoch", "3"], "--lr, --epochs"),
+    (["--no-mirror-mean"], "--no-flip-tta"), (["--recipe", "seed"], "--recipe baseline"),
+    (["--recipe", "stron"], "--recipe strong"), (["--lrr=1", "--epoch", "3"], "--lr, --epochs"),
     (["--resume", "--mirror-mean"], "--flip-tta"),
 ], ids=str)
 def test_an_unknown_flag_is_an_error_with_the_nearest_one(capsys, argv, nearest):
@@ -759,6 +766,57 @@ def test_an_unknown_flag_without_a_near_one(capsys):
     with pytest.raises(SystemExit):
         Parser("a script without --flip-tta").parse_args(["--mirror-mean"])
     assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("script", "flag"), [("search.py", "--sheet"),
+                                              ("evaluate.py", "--mistakes")])
+def test_a_picture_is_a_png_file(monkeypatch, capsys, script, flag):
+    """A name with another extension is refused, since a PNG file would be written."""
+    status, error = run_program(monkeypatch, capsys, script, flag, "a.txt")
+    assert status == 2 and f"argument {flag}: a.txt must end in .png" in error
+
+
+def test_tensorboard_that_is_not_installed_is_one_message(run, stubs, monkeypatch):
+    """--tensorboard is refused before anything is decoded; the message has the command."""
+    monkeypatch.setattr("src.training.tensorboard.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run("no tensorboard", "--tensorboard")
+    assert stubs.seen == [] and not (run.folder / "no tensorboard").exists()
+
+
+def test_tensorboard_gets_each_step_and_epoch(run, straight, monkeypatch):
+    """The values of the log and the loss of each step, over the steps of the run; a run that is
+    killed and resumes hides what it wrote for the steps that it repeats."""
+    writers = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder.endswith("tensorboard")
+            self.values, self.purge_step = {}, purge_step
+            writers.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.values.setdefault(name, {})[step] = value
+
+        def flush(self):
+            pass
+
+    package = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    monkeypatch.setattr("src.training.tensorboard.find_spec", lambda name: package)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 9, power_cut)  # in the second epoch
+        run("events", "--tensorboard", "--save-every", "0", epochs=2)
+    results = run.resume("events")
+    assert_same_run(results, straight)
+    log = read_log(results)
+    assert [writer.purge_step for writer in writers] == [1, log[0]["steps"] + 1]
+    for line, writer in zip(log, writers, strict=True):
+        assert writer.values["loss/epoch"] == {line["steps"]: line["loss"]}
+        assert writer.values["validation/rsum"] == {line["steps"]: line["metrics"]["rsum"]}
+        steps = writer.values["loss/step"]
+        assert list(steps) == list(range(line["steps"] - 5, line["steps"] + 1))
+        assert sum(steps.values()) / 6 == pytest.approx(line["loss"], rel=1e-6)
 
 
 # Clusters: restarts, file systems without locks, batches that cannot be trained on
@@ -891,8 +949,9 @@ def test_a_rank_without_a_launcher_is_one_message(monkeypatch, capsys, trained, 
 
 
 @pytest.fixture
-def check(tiny_data):
+def check(tiny_data, monkeypatch):
     """A function that runs main.py with further flags on new tiny data, and returns its status."""
+    monkeypatch.setattr("src.data.prepare.MIN_IMAGES", 2)  # no warning of few images
     images, annotations = tiny_data
 
     def run_main(*flags: str) -> int:
@@ -905,13 +964,13 @@ def test_sanity_check_of_good_data(check, capsys):
     """The exit status is 0, and the report has a line for each check."""
     assert check("--val-fraction", "0.25") == 0
     out = capsys.readouterr().out
-    for part in ("60 rows, table with |", "0 fixed, 0 rejected",
+    for part in ("60 rows, table with |", "0 caption rows repaired, 0 rejected",
                  "12 with captions (12 with 5); 0 missing, 0 files unused",
                  "by image, from seed and file names: train 9, val 3",
-                 "0 groups of byte-identical images", "% are cut to 32",
+                 "0 groups of byte-identical images in train", "% are cut to 32",
                  "words of the training captions",
                  "images (8, 3, 32, 32), tokens (8, 32) -> embeddings (8, 256), (8, 256)",
-                 "ln(8) = 2.079", "all is well"):
+                 "before training (guessing: about ln 8 = 2.08)", "all is well"):
         assert part in out
 
 
@@ -935,11 +994,11 @@ def break_data(kind: str, images: Path, annotations: Path) -> str:
     names = sorted(path.name for path in images.iterdir())
     if kind == "image missing":
         (images / names[3]).unlink()
-        return "1 images are missing from"
+        return "1 image missing from"
     if kind == "row rejected":
         with open(annotations, "a") as file:
             file.write("not a row\n")
-        return "1 caption rows were rejected"
+        return "1 caption row rejected"
     if kind == "image unreadable":
         for name in names:
             (images / name).write_bytes(b"not an image")
@@ -979,7 +1038,7 @@ def test_identical_images_in_two_splits_are_counted(check, tiny_data, capsys):
     for path in images:
         path.write_bytes(images[0].read_bytes())
     check("--val-fraction", "0.25")
-    assert "1 groups of byte-identical images are in train and elsewhere, such as 1000.png = " \
+    assert "1 group of byte-identical images in train and elsewhere, such as 1000.png = " \
         "1002.png = 1004.png and 3 more\n" in capsys.readouterr().out
 
 
@@ -990,22 +1049,112 @@ def test_export_of_the_best_epoch(trained, capsys):
     """The exported image encoder is beside the checkpoint and has the same weights."""
     assert train_image_only.main(["--results-dir", str(trained)]) == 0
     exported = load(trained / EXPORT)
-    (trained / EXPORT).unlink()  # other tests compare this folder
-    assert "exported efficientnet-b0 of epoch 1" in capsys.readouterr().out
-    model, _, _ = load_checkpoint(trained / BEST)
+    for name in (EXPORT, "rejected_export.csv"):  # other tests compare this folder
+        (trained / name).unlink()
+    out = capsys.readouterr().out
+    assert "exported efficientnet-b0 of epoch 1 (" in out
+    assert "compared on 3 validation images: largest difference " in out
+    model, _, content = load_checkpoint(trained / BEST)
     assert differences(exported["backbone_state"],
                      dict(model.image_encoder.backbone.state_dict())) == []
     assert torch.equal(exported["projection"], model.image_projection.linear.weight)
+    card = exported["card"]
+    assert card["recall"] == content["metrics"] and card["epoch"] == 1
+    assert card["data"] == "images, annotations.csv"  # no path of this machine
+    assert card["checkpoint"] == files.fingerprint(trained / BEST)
+
+
+def export(*flags: object) -> None:
+    """Run train_image_only.py."""
+    assert train_image_only.main([str(flag) for flag in flags]) == 0
 
 
 def test_export_of_other_files(trained, tmp_path):
     """--checkpoint and --output choose the files; an exported encoder cannot be exported."""
     output = tmp_path / "new" / "encoder.pth"
-    assert train_image_only.main(["--checkpoint", str(trained / LAST), "--output",
-                                  str(output)]) == 0
+    export("--checkpoint", trained / LAST, "--output", output, "--results-dir", tmp_path, "--text")
     assert load(output)["kind"] == "image encoder"
+    assert {path.name for path in output.parent.iterdir()} == {"encoder.pth", "encoder_text.npz"}
     with pytest.raises(UserError, match="encoder.pth holds image encoder"):
         train_image_only.main(["--checkpoint", str(output), "--output", str(tmp_path / "x.pth")])
+
+
+def test_export_in_all_formats(trained, tmp_path, capsys):
+    """The files are named by their format; lower precision prints the recall of model and file."""
+    for package in ("onnxruntime", "onnx", "safetensors"):
+        pytest.importorskip(package)
+    flags = ("--checkpoint", trained / BEST, "--results-dir", tmp_path, "--text")
+    export(*flags, "--format", "safetensors", "--precision", "float16")
+    lines = capsys.readouterr().out.splitlines()
+    model, exported = ([float(value) for value in line.split()[1:]] for line in lines
+                       if line.startswith(("model ", "exported  ")))
+    metrics = load(trained / BEST)["metrics"]
+    assert model == pytest.approx([*(metrics[f"{direction}_R@{k}"] for direction in (
+        "image_to_text", "text_to_image") for k in (1, 5, 10)), metrics["rsum"]], abs=0.05)
+    assert len(exported) == 7
+    [change] = [line for line in lines if line.startswith("rsum changes by")]
+    assert float(change.split()[-1]) == pytest.approx(exported[-1] - model[-1], abs=0.11)
+    export(*flags, "--format", "onnx", "--float-input")
+    assert "rsum" not in capsys.readouterr().out  # nothing was rounded
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "image_encoder_from_clip.safetensors", "image_encoder_from_clip.onnx",
+        "text_encoder_from_clip.npz", "text_encoder_from_clip.onnx"}
+
+
+def test_export_without_the_data_of_the_run(trained, tmp_path, capsys):
+    """A checkpoint on another machine is compared on generated images, or on a folder's."""
+    content = load(trained / BEST)
+    content["args"]["images"] = str(tmp_path / "gone")
+    torch.save(content, tmp_path / "moved.pth")
+    flags = ("--checkpoint", tmp_path / "moved.pth", "--output", tmp_path / "encoder.pth")
+    export(*flags)
+    captured = capsys.readouterr()
+    assert "compared on 32 generated images (--images DIR takes yours): " in captured.out
+    assert captured.err.startswith("note: no validation images of the training run: there is no "
+                                   f"image folder at {tmp_path / 'gone'}\n")
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    with pytest.raises(UserError, match="there are no images in .*photos"):
+        export(*flags, "--images", photos)
+    images = Path(content["args"]["annotations"][0]).parents[1] / "images"
+    for source, name in (("1000.png", "a.png"), ("1002.png", "sub/b.png")):
+        shutil.copy(images / source, photos / name)
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
+    export(*flags, "--images", photos, "--precision", "float16")
+    captured = capsys.readouterr()
+    assert f"compared on 2 images of {photos}: " in captured.out
+    assert f"recall not measured: the images of {photos} have no captions\n" in captured.out
+    assert f"note: 1 of 3 images cannot be read; the first, {photos / 'broken.png'}: " \
+        in captured.err
+    with pytest.raises(UserError, match="there is no caption file at"):
+        export(*flags, "--annotations", tmp_path / "none.csv")
+
+
+def test_recall_of_a_last_checkpoint_is_measured(trained, tmp_path, capsys):
+    """Its metrics may be of the moving average, or of the epoch before."""
+    content = load(trained / LAST)
+    metrics = content["metrics"]
+    content["average_state"], content["metrics"] = content["model_state"], {"rsum": -1.0}
+    torch.save(content, tmp_path / "last.pth")
+    export("--checkpoint", tmp_path / "last.pth", "--results-dir", tmp_path)
+    # After one epoch the embeddings are nearly equal, and rounding decides ranks.
+    recall = load(tmp_path / EXPORT)["card"]["recall"]
+    assert recall.keys() == metrics.keys() and recall["rsum"] > 0
+    [model] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
+    assert float(model.split()[-1]) == pytest.approx(metrics["rsum"], abs=0.05)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--precision", "int8"], "--precision int8 is for --format onnx"),
+    (["--float-input", "--format", "safetensors"], "--float-input is for --format onnx"),
+    (["--pretrained", "--format", "onnx", "--precision", "int8"],
+     "int8 is calibrated on images: give some with --images DIR")])
+def test_export_flags_that_do_not_fit(flags, message, tmp_path, monkeypatch):
+    """They are refused, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        train_image_only.main(flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 # As programs
@@ -1032,11 +1181,22 @@ def test_missing_data_is_one_message(monkeypatch, capsys, tmp_path, script):
 
 
 def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
-    """Without a checkpoint the status is 2, and the message names its path."""
+    """Without a checkpoint the status is 2, and the message names its path and other models: that
+    of the repository, and that of the demo if there is one."""
     monkeypatch.chdir(tmp_path)
-    status, error = run_program(monkeypatch, capsys, "train_image_only.py")
-    assert status == 2
-    assert error == f"error: there is no file {Path('results') / BEST}\n"
+    for script in ("train_image_only.py", "evaluate.py"):
+        status, error = run_program(monkeypatch, capsys, script)
+        assert status == 2 and error.count("\n") == 1
+        assert error.startswith(f"error: there is no file {Path('results') / BEST}: train one with")
+        assert "--pretrained" in error and "--demo" not in error
+    status, error = run_program(monkeypatch, capsys, "evaluate.py", "--demo")
+    assert "train one with python train.py --demo, " in error
+    (tmp_path / "results" / "demo" / "models").mkdir(parents=True)
+    (tmp_path / "results" / "demo" / BEST).touch()
+    status, error = run_program(monkeypatch, capsys, "search.py", "red")
+    assert status == 2 and "use the model of the demo with --demo" in error
+    status, error = run_program(monkeypatch, capsys, "search.py", "red", "--results-dir", "other")
+    assert status == 2 and "--demo" not in error
 
 
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",

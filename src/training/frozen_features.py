@@ -89,7 +89,7 @@ def _compute(
         done = np.load(path)
         features[: len(done)], start = done, len(done)
     with tqdm(total=count, initial=start, desc="features", unit="image", file=sys.stderr,
-              disable=None if rank() == 0 else True) as bar:
+              leave=False, disable=None if rank() == 0 else True) as bar:
         while start < count:
             indices = np.arange(start, min(start + BATCH_SIZE, count))
             images = eval_transform(dataset.take_images(indices).to(device), encoder.image_size)

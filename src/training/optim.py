@@ -26,8 +26,7 @@ def build_optimizer(
             for `lr`.
 
     Returns:
-        The optimizer; on a GPU one kernel updates many tensors (`fused`), unless deterministic
-        algorithms are required.
+        The optimizer; on a GPU one kernel updates many tensors (`fused`).
     """
     groups = []
     of_images = {id(p) for p in model.image_encoder.parameters()}
@@ -37,8 +36,7 @@ def build_optimizer(
             {"params": [p for p in own if p.ndim >= 2], "lr": rate, "weight_decay": weight_decay},
             {"params": [p for p in own if p.ndim < 2], "lr": rate, "weight_decay": 0.0},
         ]
-    fused = model.logit_scale.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, fused=model.logit_scale.is_cuda)
 
 
 def build_schedule(

@@ -22,6 +22,7 @@ from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.training.engine import Progress
 from src.training.optim import MovingAverage
+from src.training.tensorboard import TensorBoardLog
 from src.utils.distributed import any_rank, rank, world_size
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
@@ -32,9 +33,10 @@ from src.utils.tensors import load_tensors
 
 # Flags that a resumed run may change without a note: they do not change what is computed.
 UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
-              "save_every", "resume", "strict")
+              "save_every", "resume", "strict", "tensorboard")
 # Flags that it may change with a note: the run's length, and what can stop it diverging.
-CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile")
+CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile",
+              "cuda_graph")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
 RENAMED_RECIPES = {"seed": "baseline"}
@@ -53,7 +55,7 @@ class RunState:
         self, model: DualEncoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler, *, results: ResultPaths, flags: dict[str, Any],
         data: dict[str, str], ema_decay: float = 0.0, save_minutes: float = 10.0,
-        stop_request: StopRequest | None = None,
+        stop_request: StopRequest | None = None, tensorboard: bool = False,
     ) -> None:
         """Start a run.
 
@@ -65,6 +67,7 @@ class RunState:
             ema_decay: decay of an exponential moving average of the weights, 0 for none.
             save_minutes: how often to save within an epoch.
             stop_request: set by a signal that asks the run to stop.
+            tensorboard: also write the log for TensorBoard.
         """
         self.model, self.tokenizer = model, tokenizer
         self.optimizer, self.scaler = optimizer, scaler
@@ -75,6 +78,8 @@ class RunState:
         self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
         self._stop_request = stop_request or StopRequest()
         self._average = MovingAverage(model, ema_decay) if ema_decay else None
+        write_events = tensorboard and rank() == 0
+        self._tensorboard = TensorBoardLog(results.folder / "tensorboard") if write_events else None
 
     @property
     def eval_model(self) -> DualEncoder:
@@ -100,6 +105,9 @@ class RunState:
             self.restore(resumed.content, self.results.last)
             step = f" and {self.progress.step} steps" if self.progress else ""
             print(f"resumed after epoch {len(self.log)}{step}")
+            if len(self.log) >= self.flags["epochs"]:
+                print(f"it has all of its {self.flags['epochs']} epochs; train longer with "
+                      f"--resume --epochs {len(self.log) + 5}")
         if rank() == 0:
             if not resumed:
                 self.results.archive_last_run()
@@ -140,6 +148,8 @@ class RunState:
                      "wait_share": progress.wait_seconds / seconds,
                      "validation_seconds": validation_seconds},
         })
+        if self._tensorboard:
+            self._tensorboard.add_epoch(self.log[-1], progress.losses[: progress.step])
         self.progress = None
         if rank() == 0:
             if is_best:
