@@ -33,12 +33,13 @@ from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import plot_examples
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
+from src.models.bert import load_pretrained
 from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
 from src.training.engine import check_batch_size, train_one_epoch
-from src.training.frozen_features import frozen_features
+from src.training.frozen_features import freeze_images, freeze_texts
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
@@ -74,11 +75,10 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
           resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- captions ------------------------------------------------------------------------------
-    source, tokenizer = load_captions(args)
+    source, tokenizer, text_config = load_captions(args, resumed)
 
-    # --- model ---------------------------------------------------------------------------------
-    # Before the images are decoded, which can take minutes: weights that do not fit are refused.
-    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
+    # --- model: before images are decoded for minutes, as weights that do not fit are refused --
+    model = (resumed.model if resumed else build_model(args, tokenizer, text_config)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
     print(f"model: {model.summary()}, on {device}")
@@ -87,14 +87,14 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
-    check_batch_size(
-        min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
-        batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    check_batch_size(min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
+                     batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
 
     # --- optimizer -----------------------------------------------------------------------------
     dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
+    optimizer = build_optimizer(
+        model, args.lr, args.weight_decay, args.image_encoder_lr, args.text_encoder_lr)
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
@@ -109,9 +109,10 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
         # --- loop ------------------------------------------------------------------------------
         # The first epochs train the heads on features that are computed once, the others on pixels.
         splits, features, pixels = [train_set, val_set], [], []
+        if args.freeze_text_encoder:
+            splits = freeze_texts(data.cache, model.text_encoder, splits, dtype)
         if len(run.log) < frozen_epochs:
-            features = [split.with_images(
-                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
+            features = freeze_images(data.cache, model.image_encoder, splits, dtype)
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in splits]
         print(EPOCH_HEADER)
@@ -147,6 +148,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_training_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
+    cli.check_text_flags(args)
     results = cli.resolve_results(args)
     if not args.resume:
         run_state.check_no_unfinished_run(results, cli.plain_values(args))
@@ -162,18 +164,23 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     return args, resumed
 
 
-def load_captions(args: argparse.Namespace) -> tuple[DataSource, Tokenizer]:
-    """Read and split the captions; return them and a tokenizer of the training captions.
+def load_captions(
+    args: argparse.Namespace, resumed: Checkpoint | None
+) -> tuple[DataSource, Tokenizer, str]:
+    """Read and split the captions; return them, a tokenizer, and the configuration of a BERT.
 
     Raises:
-        UserError: there are no validation images, or see `scan_dataset`.
+        UserError: there are no validation images, or see `scan_dataset` and `load_pretrained`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
+    if args.text_encoder == "bert":  # a resumed run does not need the files of --text-weights
+        return source, *((resumed.tokenizer, resumed.model.config.text_config) if resumed else
+                         load_pretrained(args.text_weights, args.context_length))
     # A vocabulary of all captions would leak the words of the validation captions.
     captions = [caption for record in source.splits["train"] for caption in record.captions]
-    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length), ""
 
 
 def load_images(
@@ -196,15 +203,18 @@ def load_images(
     return datasets
 
 
-def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
+def build_model(args: argparse.Namespace, tokenizer: Tokenizer, text_config: str) -> DualEncoder:
     """Return a new model; the same seed gives the same weights."""
     runtime.seed_all(args.seed, "weights")
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,
         context_length=args.context_length, token_dim=args.token_dim, embed_dim=args.embed_dim,
         dropout=args.dropout, drop_connect=args.drop_connect, word_dropout=args.word_dropout,
-        flip_tta=args.flip_tta,
+        flip_tta=args.flip_tta, text_encoder=args.text_encoder, text_config=text_config,
+        text_pooling=args.text_pooling,
     ))
+    if args.text_encoder == "bert":
+        model.text_encoder.load_weights(args.text_weights)
     model.image_encoder.load_weights(args.weights)
     return model
 

@@ -34,7 +34,8 @@ from src.utils.tensors import load_tensors
 UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
               "save_every", "resume", "strict")
 # Flags that it may change with a note: the run's length, and what can stop it diverging.
-CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile")
+CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "text_encoder_lr", "weight_decay", "chunk_size",
+              "compile")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
 RENAMED_RECIPES = {"seed": "baseline"}
