@@ -10,7 +10,8 @@ the same batches, passes and heads. Metrics are those after the last epoch on al
 
 Word order: in validation captions two people or animals, or two colors, are swapped ("A dog chases
 a man": "A man chases a dog"). A model wins a pair if the image is closer to its own caption; a tie
-counts half. Both captions of a pair have the same words, so a bag of words always ties.
+counts half. Both captions of a pair have the same words, so a bag of words always ties. How often
+it wins with another image shows how much of that the sentences alone decide.
 """
 
 from __future__ import annotations
@@ -49,17 +50,20 @@ CONTEXT_LENGTH = 32
 PAIRS = 200
 # Scores that differ by less are ties: sums of the same numbers in another order differ by rounding.
 TIE = 1e-6
-PEOPLE = ("man", "woman", "boy", "girl", "child", "baby", "dog", "cat", "horse", "lady", "guy",
-          "men", "women", "boys", "girls", "children", "dogs", "horses")
-COLORS = ("black", "white", "red", "blue", "green", "yellow", "orange", "pink", "purple", "brown",
-          "gray", "grey", "tan")
+# Words that are swapped, in groups that fit the same places of a sentence: no "a dogs", "an red".
+WORDS = {
+    "people": (("man", "woman", "boy", "girl", "child", "baby", "lady", "guy", "dog", "cat",
+                "horse"), ("men", "women", "boys", "girls", "children", "dogs", "horses")),
+    "colors": (("black", "white", "red", "blue", "green", "yellow", "pink", "purple", "brown",
+                "gray", "grey", "tan"),),
+}
 # Between two words of a pair, these make both orders right: "a boy and a girl", "black and white".
 SYMMETRIC = re.compile(r"(, )?(and|or|&|,|with|next to|beside)( (a|an|the|another))?( \w+)?")
 COLUMNS = ("rsum", "text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1",
            "image_to_text_R@10")
 HEAD = """| text encoder | rsum ± deviation (seeds) | text to image R@1 / R@10 \
-| image to text R@1 / R@10 | word order: people | colors | ties | seconds |
-|---|---|---|---|---|---|---|---|"""
+| image to text R@1 / R@10 | word order: people | colors | with another image | ties | seconds |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -167,25 +171,27 @@ class OrderPair:
 def order_pairs(records: list[ImageRecord], count: int = PAIRS) -> list[OrderPair]:
     """Return pairs of captions that differ in word order only, half of each kind if there are.
 
-    A caption is used if exactly two of its words are of a kind, and they are different, and what
-    is between them does not make both orders right; at most one caption of each kind for an image.
+    A caption is used if exactly two of its words are of a kind, and they are different words of a
+    group, and what is between them does not make both orders right; at most one caption of each
+    kind for an image.
     """
-    found: dict[str, list[OrderPair]] = {"people": [], "colors": []}
-    for kind, words in (("people", PEOPLE), ("colors", COLORS)):
-        pattern = re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
+    found: dict[str, list[OrderPair]] = {kind: [] for kind in WORDS}
+    for kind, groups in WORDS.items():
         for image, record in enumerate(records):
             swaps = (OrderPair(caption, swapped, image, kind) for caption in record.captions
-                     if (swapped := _swap(caption, pattern)))
+                     if (swapped := _swap(caption, groups)))
             found[kind] += [first] if (first := next(swaps, None)) else []
     people, colors = found["people"], found["colors"]
     n_people = max(min(len(people), count // 2), min(len(people), count - len(colors)))
     return _spread(people, n_people) + _spread(colors, min(len(colors), count - n_people))
 
 
-def _swap(caption: str, pattern: re.Pattern) -> str | None:
-    """Return the caption with its two words of a kind swapped, None if there are not two."""
-    matches = list(pattern.finditer(caption))
-    if len(matches) != 2 or matches[0][0].lower() == matches[1][0].lower():
+def _swap(caption: str, groups: tuple[tuple[str, ...], ...]) -> str | None:
+    """Return the caption with its two words of a kind swapped, None if it has no such two."""
+    words = "|".join(word for group in groups for word in group)
+    matches = list(re.finditer(rf"\b({words})\b", caption, re.IGNORECASE))
+    pair = {match[0].lower() for match in matches}
+    if len(matches) != 2 or len(pair) != 2 or not any(pair.issubset(group) for group in groups):
         return None
     a, b = matches
     between = caption[a.end() : b.start()]
@@ -205,22 +211,31 @@ def word_order(
 ) -> dict[str, float]:
     """Return the share of pairs that the right caption wins, of each kind, and of ties.
 
+    `order_other` is the share of right captions that win with the image of the next pair. It should
+    be 50: what exceeds it comes from sentences that are unlikely in any image ("a green dog").
+
     Args:
         model: in eval mode.
         tokenizer: of the model.
         images: (N, D) embeddings.
         pairs: with indices into them.
     """
+    right, wrong = (embed_tokens(model, tokenizer.encode(texts)) for texts in
+                    ([pair.caption for pair in pairs], [pair.swapped for pair in pairs]))
+    difference = right - wrong  # (P, D)
     own = images[[pair.image for pair in pairs]]  # (P, D)
-    right, wrong = (
-        (embed_tokens(model, tokenizer.encode(texts)) * own).sum(1).double()
-        for texts in ([pair.caption for pair in pairs], [pair.swapped for pair in pairs]))
-    ties = (right - wrong).abs() < TIE
-    wins = torch.where(ties, 0.5, (right > wrong).double())
+
+    def count_wins(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        margins = (difference * images).sum(1)  # (P,)
+        ties = margins.abs() < TIE
+        return torch.where(ties, 0.5, (margins > 0).double()), ties.double()
+
+    wins, ties = count_wins(own)
     kinds = np.array([pair.kind for pair in pairs])
     shares = {f"order_{kind}": 100 * wins[torch.from_numpy(kinds == kind)].mean().item()
               for kind in sorted(set(kinds.tolist()))}
-    return shares | {"ties": 100 * ties.double().mean().item()}
+    return shares | {"ties": 100 * ties.mean().item(),
+                     "order_other": 100 * count_wins(own.roll(1, 0))[0].mean().item()}
 
 
 def build_model(
@@ -283,13 +298,14 @@ def make_tokenizer(
 def table_line(row: Row, runs: list[dict[str, float]]) -> str:
     """Return a line of the table: means over seeds, and the sample standard deviation of rsum."""
     mean = {column: statistics.mean(run[column] for run in runs)
-            for column in (*COLUMNS, "order_people", "order_colors", "ties", "seconds")}
+            for column in (*COLUMNS, "order_people", "order_colors", "order_other", "ties",
+                           "seconds")}
     spread = f"{statistics.stdev(run['rsum'] for run in runs):.1f}" if runs[1:] else "?"
     return (f"| {row.what} | {mean['rsum']:.1f} ± {spread} ({len(runs)}) "
             f"| {mean[COLUMNS[1]]:.1f} / {mean[COLUMNS[2]]:.1f} "
             f"| {mean[COLUMNS[3]]:.1f} / {mean[COLUMNS[4]]:.1f} "
-            f"| {mean['order_people']:.1f} | {mean['order_colors']:.1f} | {mean['ties']:.1f} "
-            f"| {mean['seconds']:.0f} |")
+            f"| {mean['order_people']:.1f} | {mean['order_colors']:.1f} "
+            f"| {mean['order_other']:.1f} | {mean['ties']:.1f} | {mean['seconds']:.0f} |")
 
 
 def settings(row: Row, args: argparse.Namespace) -> dict:
