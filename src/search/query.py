@@ -149,7 +149,9 @@ class BertTexts:
         tokens = self.tokenizer.encode(distinct, self.model.text_encoder.max_length)  # (T, L)
         known = self.tokenizer.has_known_word(tokens)[:, None]
         row = dict(zip(distinct, (embed_tokens(self.model, tokens) * known).numpy(), strict=True))
-        sums = np.stack([row[text] - sum(row[part] for part in parts) * row[text].any()
+        # Without a text to search for there is nothing to subtract from.
+        sums = np.stack([row[text] - sum(row[part] for part in parts) if row[text].any()
+                         else row[text]
                          for text, parts in zip(wanted, avoided, strict=True)])  # (M, D)
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         return sums / np.where(lengths == 0, 1, lengths)
