@@ -22,6 +22,8 @@ LIBRARIES = {
     "matplotlib": {"utils/plots"}, "fcntl": {"utils/files"},
     "http": {"search/page_server", "models/image_encoder"},
     "pandas": {"data/captions", "data/caption_files"},
+    "transformers": {"models/bert"}, "tokenizers": {"models/bert"},
+    "huggingface_hub": {"models/bert"},
 }
 
 
