@@ -47,7 +47,6 @@ from src.utils.files import write_atomic
 from src.utils.runtime import compute_dtype, grad_scaler, pick_device, seed_all, tune_malloc
 
 CONTEXT_LENGTH = 32
-HEADS_LR = 2e-3  # of projections on a BERT
 PAIRS = 200
 # Scores that differ by less are ties: sums of the same numbers in another order differ by rounding.
 TIE = 1e-6
@@ -69,7 +68,7 @@ HEAD = """| text encoder | rsum ± deviation (seeds) | text to image R@1 / R@10 
 
 @dataclass(frozen=True)
 class Row:
-    """A text encoder and how it is trained, by default as the heads of the strong recipe.
+    """A text encoder and how it is trained, but for `lr` as the heads of the strong recipe.
 
     Attributes:
         name: of the row.
@@ -86,21 +85,20 @@ class Row:
     encoder: str
     text_encoder_lr: float | None = None
     pooling: str = "mean"
-    lr: float = RECIPES["strong"]["lr"]
+    lr: float = 2e-3  # the recipe's 5e-4 is too low for projections on a BERT
     epochs: int = RECIPES["strong"]["head_epochs"]
     batch_size: int = RECIPES["strong"]["batch_size"]
 
 
 ROWS = [
     Row("words", "bag of words", "words"),
-    # At 5e-4 the heads of a frozen BERT are not trained to the end: its features are smaller.
-    Row("frozen", "BERT frozen", "frozen", lr=HEADS_LR),
-    Row("tuned", "BERT tuned", "tuned", RECIPES["strong"]["text_encoder_lr"], lr=HEADS_LR),
-    Row("words-2e-3", "bag of words, lr 2e-3", "words", lr=HEADS_LR),
-    Row("frozen-5e-4", "BERT frozen, heads at lr 5e-4", "frozen"),
-    Row("scratch", "the same network from random weights", "scratch", 5e-4, lr=HEADS_LR),
-    *(Row(f"tuned-{rate:.0e}".replace("e-0", "e-"), f"BERT tuned at lr {rate:g}", "tuned", rate,
-          lr=HEADS_LR) for rate in (2e-5, 1e-4, 2e-4)),
+    Row("frozen", "BERT frozen", "frozen"),
+    Row("tuned", "BERT tuned", "tuned", RECIPES["strong"]["text_encoder_lr"]),
+    Row("words-5e-4", "bag of words, lr 5e-4", "words", lr=5e-4),
+    Row("frozen-5e-4", "BERT frozen, heads at lr 5e-4", "frozen", lr=5e-4),
+    Row("scratch", "the same network from random weights", "scratch", 5e-4),
+    *(Row(f"tuned-{rate:.0e}".replace("e-0", "e-"), f"BERT tuned at lr {rate:g}", "tuned", rate)
+      for rate in (2e-5, 1e-4, 2e-4)),
 ]
 
 
