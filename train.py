@@ -17,11 +17,9 @@ five images) and rejected.csv.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from contextlib import nullcontext
-from signal import Signals
 
 import torch
 
@@ -38,7 +36,8 @@ from src.models.checkpoint import Checkpoint, load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
-from src.training.engine import check_batch_size, train_one_epoch
+from src.training.cuda_graph import graphed_step
+from src.training.engine import check_batch_size, explain_memory, train_one_epoch
 from src.training.frozen_features import freeze_images, freeze_texts
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
@@ -87,22 +86,21 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     train_set, val_set = load_images(args, source, tokenizer, data, results)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
-    check_batch_size(min(args.batch_size, len(train_set.records)), args.chunk_size, args.image_size,
-                     batchnorm_trained=frozen_epochs < args.epochs and not args.freeze_batchnorm)
+    dtype = runtime.compute_dtype(device, args.precision)
+    check_batch(args, model, dtype, len(train_set.records), frozen_epochs)
 
     # --- optimizer -----------------------------------------------------------------------------
-    dtype = runtime.compute_dtype(device, args.precision)
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(
         model, args.lr, args.weight_decay, args.image_encoder_lr, args.text_encoder_lr)
+    graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
             data=run_state.data_digests(train=train_set, validation=val_set),
             ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
         run.start(resumed)
-        # A function of the step, built after the steps of a resumed run are known.
-        scheduler = build_schedule(
+        scheduler = build_schedule(  # a function of the step, which a resumed run knows by now
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
             done_steps=run.steps, restart_at=frozen_epochs * steps_per_epoch)
 
@@ -122,9 +120,9 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 model, train_input, optimizer, scheduler, scaler, batch_size=args.batch_size,
                 captions_per_image=args.captions_per_image, flip=args.flip, seed=args.seed,
                 epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
-                freeze_batchnorm=args.freeze_batchnorm, after_step=run.after_step)
+                freeze_batchnorm=args.freeze_batchnorm, graphed=graphed, after_step=run.after_step)
             if run.stopped:
-                return report_stop(args, run, epoch, stop_request.signal), val_set
+                return run.report_stop(args.demo, args.results_dir), val_set
             run.save()  # a run that is killed during validation continues with the validation
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
@@ -219,18 +217,15 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer, text_config: str
     return model
 
 
-def report_stop(
-    args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
-) -> int:
-    """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
-    n_ranks = distributed.world_size()
-    launcher = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
-    place = " --demo" if args.demo else ""
-    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
-    if distributed.rank() == 0:
-        print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; continue with\n"
-              f"    {launcher} train.py --resume{place}", file=sys.stderr)
-    return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
+def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype, n_images: int,
+                frozen_epochs: int) -> None:
+    """Refuse a batch that cannot be trained on; note one that may not fit into memory."""
+    unfrozen = frozen_epochs < args.epochs
+    check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
+                     batchnorm_trained=unfrozen and not args.freeze_batchnorm)
+    note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
+    if note:
+        print(note, file=sys.stderr)
 
 
 def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:

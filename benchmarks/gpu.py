@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in at most nine minutes, on a machine without a network.
+"""Everything that only a GPU can show, in about five minutes, on a machine without a network.
 
     python -m benchmarks.gpu [--output gpu.jsonl] [--only tests steps ...]
 
@@ -32,14 +32,15 @@ from src.data.pixel_store import PixelStore, store_size
 from src.evaluation.embed import embed_images, evaluate_retrieval
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.training.engine import forward_backward
+from src.training.cuda_graph import graphed_step
+from src.training.engine import train_step
 from src.training.optim import MovingAverage, build_optimizer
 from src.training.recipes import RECIPES
 from src.utils.runtime import choose_kernels, compute_dtype, grad_scaler, seed_all
 
-# Part -> seconds that it may take; 520 together.
-LIMITS = {"tests": 100, "steps": 60, "compiled": 90, "epoch": 70, "embedding": 30,
-          "validation": 30, "strong": 30, "profile": 50, "resume": 60}
+# Part -> seconds that it may take, in the order of what is needed most.
+LIMITS = {"tests": 120, "steps": 60, "strong": 40, "validation": 30, "embedding": 30,
+          "profile": 40, "epoch": 80, "resume": 60, "compiled": 120}
 IMAGE_SIZE = 224
 
 
@@ -57,7 +58,7 @@ def main() -> int:
         return 0
     if args.part:
         with contextlib.redirect_stdout(sys.stderr):
-            report = globals()[f"measure_{args.part}"]()
+            report = globals()[f"measure_{args.part}"](args.output)
         print(json.dumps(report))
         return 0
     print(machine(), torch.cuda.get_device_name(), sep=", ")
@@ -67,7 +68,7 @@ def main() -> int:
     failed = 0
     with open(args.output, "a", encoding="utf-8") as output:
         for part in args.only:
-            report = run_part(part)
+            report = run_part(part, args.output, 1 if computes else 4)
             if not computes:
                 report["note"] = "not measured: the GPU does not compute"
             failed += "error" in report
@@ -79,21 +80,28 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run_part(part: str) -> dict:
-    """Return the report of a part, or its error, from a process under the part's time limit."""
+def run_part(part: str, output_path: Path, patience: int) -> dict:
+    """Return the report of a part, or its error, from a process under the part's time limit.
+
+    Args:
+        part: of LIMITS.
+        output_path: of the reports; beside it lies what the tests print.
+        patience: factor of the time limit, for a GPU that is emulated.
+    """
+    limit = patience * LIMITS[part]
     start = time.perf_counter()
     # A session of its own: the processes that the part has started end with it.
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", "--part", part], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--output", str(output_path)],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        output, errors = process.communicate(timeout=LIMITS[part])
+        output, errors = process.communicate(timeout=limit)
         report = (json.loads(output.splitlines()[-1]) if process.returncode == 0
                   else {"error": errors.strip()[-1000:]})
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        report = {"error": f"stopped after {LIMITS[part]} s"}
+        report = {"error": f"stopped after {limit} s"}
     return {"part": part, "seconds": time.perf_counter() - start, **report}
 
 
@@ -117,35 +125,39 @@ def make_model(vocab_size: int, **config: object) -> DualEncoder:
 
 def time_steps(
     batch_size: int, compiled: bool = False, captions_per_image: int = 1, ema_decay: float = 0.0,
-    steps: int = 20, **config: object,
+    steps: int = 20, graph: bool = False, freeze_batchnorm: bool = False, **config: object,
 ) -> dict:
-    """Return the time of a training step on a batch on the GPU, and the peak of its memory."""
+    """Return the time of a training step on a batch on the GPU, and the peak of its memory.
+
+    'ms' is of steps one after another, 'host ms' the time in which the host has launched them;
+    'ms alone' is of a step that starts on an idle GPU.
+    """
     dataset = make_dataset(batch_size)
     model = make_model(8000, **config).train()
+    if freeze_batchnorm:
+        model.image_encoder.freeze_batchnorm()
     if compiled:
         model.image_encoder.compile_training()
     device = model.logit_scale.device
     dtype = compute_dtype(device)
     optimizer, scaler = build_optimizer(model, 1e-4, 0.01), grad_scaler(device, dtype)
+    graphed = graphed_step(optimizer, scaler, None) if graph else None
     average = MovingAverage(model, ema_decay) if ema_decay else None
     batch = dataset.batch(
         sample_batches(dataset, batch_size, captions_per_image, seed=0, epoch=1)[0]).to(device)
 
     def step(number: int) -> None:
-        forward_backward(model, scaler, batch, flip=True, key=(0, 1, number), dtype=dtype)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        model.clamp_logit_scale()
+        train_step(model, optimizer, scaler, batch, flip=True, key=(0, 1, number), dtype=dtype,
+                   graphed=graphed)
         if average:
             average.update(number + 1)
 
+    torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    for number in range(3):
+    for number in range(5):  # with the capture of a graph
         step(number)
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for number in range(steps):
         start = time.perf_counter()
@@ -161,30 +173,53 @@ def time_steps(
     return {"ms": round(1e3 * together, 2), "ms alone": round(1e3 * statistics.median(times), 2),
             "host ms": round(1e3 * host, 2), "images/s": round(batch_size / together),
             "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            "first steps s": round(warm_up, 1), "compiled": model.image_encoder.compiled}
+            "reserved GB": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+            "first steps s": round(warm_up, 1), "compiled": model.image_encoder.compiled,
+            "graph": bool(graphed and graphed.captured)}
 
 
-def measure_tests() -> dict:
-    """Run the tests that need a GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py"],
-        capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
+def try_steps(*args: object, **options: object) -> dict:
+    """Return `time_steps`, or the error, so that one variant does not lose the others."""
+    try:
+        return time_steps(*args, **options)
+    except Exception as error:  # out of memory, a compiler's
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measure_tests(output: Path) -> dict:
+    """Run the tests that need a GPU, except the one of torch.compile, which takes a minute."""
+    return run_tests(output.with_suffix(".tests.txt"), "not compiled")
+
+
+def run_tests(log: Path, chosen: str) -> dict:
+    """Run tests of tests/test_cuda.py; `log` gets what they print, with all tracebacks."""
+    with open(log, "w", encoding="utf-8") as file:  # as they run: a time limit keeps the first
+        subprocess.run([sys.executable, "-m", "pytest", "-v", "--durations=8", "--tb=short",
+                        "-m", "cuda", "-k", chosen, "tests/test_cuda.py"], stdout=file,
+                       stderr=subprocess.STDOUT, check=False)
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"result": lines[-1] if lines else done.stderr[-300:], "failures": failures}
+    reasons = [line[:200] for line in lines if line.startswith("E  ")]
+    return {"result": lines[-1] if lines else "", "failures": failures, "reasons": reasons[:40],
+            "all of it": str(log)}
 
 
-def measure_steps() -> dict:
-    """Time eager steps of three batch sizes."""
-    return {f"batch {size}": time_steps(size) for size in (64, 128, 256)}
+def measure_steps(_: Path) -> dict:
+    """Time steps of three batch sizes, eager and as a CUDA graph."""
+    return {f"batch {size}, {'graph' if graph else 'eager'}": try_steps(size, graph=graph)
+            for size in (64, 128, 256) for graph in (False, True)}
 
 
-def measure_compiled() -> dict:
+def measure_compiled(output: Path) -> dict:
     """Time steps with torch.compile; 'compiled' is false if it fell back."""
-    return {"batch 64": time_steps(64, compiled=True)}
+    return {"batch 64": try_steps(64, compiled=True),
+            "batch 64, graph": try_steps(64, compiled=True, graph=True),
+            **run_tests(output.with_suffix(".compiled.txt"), "compiled")}
 
 
-def measure_epoch() -> dict:
+def measure_epoch(_: Path) -> dict:
     """Compare an epoch of the naive script, timm and this project from files to the last step."""
     reports = {}
     for name in ("naive", "timm", "ours", "ours, in place"):
@@ -192,14 +227,14 @@ def measure_epoch() -> dict:
             [sys.executable, "-m", "benchmarks.train", "--one", name, "--device", "cuda", "--steps",
              "10", "--batch-size", "64"], capture_output=True, text=True)
         if done.returncode:
-            reports[name] = "not measured: " + done.stderr.strip().splitlines()[-1]
+            reports[name] = "not measured: " + (done.stderr.strip().splitlines() or ["?"])[-1]
         else:
             seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
             reports[name] = {"s": round(seconds, 2), "images/s": round(640 / seconds)}
     return reports
 
 
-def measure_embedding() -> dict:
+def measure_embedding(_: Path) -> dict:
     """Time the embedding of images, with pixels on the host and on the GPU."""
     dataset, model = make_dataset(2048), make_model(8000)
     reports = {}
@@ -212,7 +247,7 @@ def measure_embedding() -> dict:
     return reports
 
 
-def measure_validation() -> dict:
+def measure_validation(_: Path) -> dict:
     """Time the validation of an epoch on Flickr30k: 3,178 images and 15,890 captions."""
     dataset, model = make_dataset(3178), make_model(8000)
     data = cache_on_device(dataset, model.logit_scale.device)
@@ -222,25 +257,29 @@ def measure_validation() -> dict:
     return {"s": round(time.perf_counter() - start, 2)}
 
 
-def measure_strong() -> dict:
-    """Time a step of the strong recipe."""
+def measure_strong(_: Path) -> dict:
+    """Time a step of the strong recipe, eager and as a CUDA graph."""
     recipe = RECIPES["strong"]
-    return time_steps(recipe["batch_size"], captions_per_image=recipe["captions_per_image"],
-                      ema_decay=recipe["ema_decay"], drop_connect=recipe["drop_connect"],
-                      word_dropout=recipe["word_dropout"])
+    names = ("captions_per_image", "ema_decay", "drop_connect", "dropout", "word_dropout",
+             "freeze_batchnorm")
+    return {"graph" if graph else "eager": try_steps(
+        recipe["batch_size"], graph=graph, **{name: recipe[name] for name in names})
+        for graph in (False, True)}
 
 
-def measure_profile() -> dict:
+def measure_profile(_: Path) -> dict:
     """Profile steps: the 20 kernels that take the most time on the GPU."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         time_steps(64, steps=3)
-    kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    events = profile.key_averages()
+    events = [event for event in events if "CUDA" in str(event.device_type)] or events
+    kernels = sorted(events, key=lambda event: -event.self_device_time_total)
     return {f"{event.key[:80]} x{event.count}": f"{event.self_device_time_total / 1e3:.1f} ms"
             for event in kernels[:20]}
 
 
-def measure_resume() -> dict:
+def measure_resume(_: Path) -> dict:
     """Train the demo, stop it with SIGTERM, and continue it with --resume."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--demo", "--device", "cuda", "--epochs", "3",
@@ -251,11 +290,15 @@ def measure_resume() -> dict:
         while process.poll() is None and not log.exists():  # the first epoch
             time.sleep(0.1)
         process.terminate()
-        errors = process.communicate()[1]
+        errors = process.communicate()[1].strip().splitlines()
+        report = {"status of the stopped run": process.returncode,
+                  "its last lines": errors[-2:]}
+        if process.returncode == 2 and any("finite" in line for line in errors):
+            return {**report, "resumed": "not tried: the weights are not finite"}
         resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
         lines = log.read_text().splitlines() if log.exists() else []
-        return {"status of the stopped run": process.returncode, "its last line":
-                errors.strip().splitlines()[-1], "status of the resumed run": resumed.returncode,
+        return {**report, "status of the resumed run": resumed.returncode,
+                "its error": resumed.stderr.strip()[-300:] if resumed.returncode else "",
                 "epochs": len(lines), "rsum": [json.loads(line)["metrics"]["rsum"]
                                                for line in lines]}
 

@@ -214,7 +214,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the recipe and of the machine."""
-    from src.utils.runtime import PRECISIONS  # imports torch
+    from src.training import cuda_graph  # imports torch
+    from src.utils.runtime import PRECISIONS
 
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=RECIPES,
@@ -265,6 +266,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
                          "or more at the first step (default: %(default)s)")
+    machine.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
+                         default=cuda_graph.ENABLED,
+                         help="on one GPU, replay the training step as a CUDA graph, without the "
+                         "time that launching its kernels takes; no effect with --chunk-size or "
+                         "in float16 (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
                          help="train the batch of each process in chunks of this size: the same "
                          "gradient in less memory, for a second forward pass; BatchNorm, unless "

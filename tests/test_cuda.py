@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import train
 from src.data.captions import ImageRecord
@@ -22,13 +22,19 @@ from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.metrics import retrieval_ranks
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.training.engine import forward_backward, train_one_epoch
+from src.training import cuda_graph
+from src.training.cuda_graph import GraphedStep, graphed_step
+from src.training.engine import Progress, forward_backward, train_one_epoch
 from src.training.optim import MovingAverage, build_optimizer, build_schedule
 from src.utils.errors import UserError
 from src.utils.runtime import autocast, explain_oom, seed_all
 from tests.tiny_data import make_tiny_data
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [
+    pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    # Shown, and no errors: what PyTorch warns of depends on the GPU and on the versions of CUDA.
+    pytest.mark.filterwarnings("default"),
+]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 64
@@ -64,9 +70,28 @@ def make_model(device: torch.device, **config) -> DualEncoder:
     return DualEncoder(ModelConfig(**{**defaults, **config})).to(device).train()
 
 
+def make_calibrated_model(dataset: Flickr30kDataset, device: torch.device) -> DualEncoder:
+    """Return a model whose running statistics are those of a batch.
+
+    With the initial ones the features of random weights vanish in evaluation.
+    """
+    model = make_model(CPU)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.image_encoder(eval_transform(make_batch(dataset, CPU).images, SIZE))
+    return model.to(device)
+
+
 def make_batch(dataset: Flickr30kDataset, device: torch.device, size: int = 16) -> Batch:
     """Return the first batch of an epoch."""
     return dataset.batch(sample_batches(dataset, size, 2, seed=0, epoch=1)[0]).to(device)
+
+
+def make_graphed(optimizer: torch.optim.Optimizer) -> GraphedStep:
+    """Return what train.py makes for --cuda-graph."""
+    return graphed_step(optimizer, torch.amp.GradScaler("cuda", enabled=False), None)
 
 
 def step_gradients(
@@ -83,21 +108,27 @@ def step_gradients(
 
 
 def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
-    """Compare the gradients of each parameter relative to their norm."""
+    """Compare the gradients of each parameter relative to their norm.
+
+    A shift before a BatchNorm has no gradient, only rounding errors: norms below a thousandth of
+    the whole gradient's count as that.
+    """
+    floor = 1e-3 * torch.stack([value.norm().cpu() for value in expected.values()]).norm()
     for name, value in expected.items():
-        error = (found[name].cpu() - value.cpu()).norm() / (value.norm().cpu() + 1e-6)
+        error = (found[name].cpu() - value.cpu()).norm() / value.norm().cpu().clamp(min=floor)
         assert error < tolerance, (name, error.item())
 
 
-def train_steps(model: DualEncoder, dataset: Flickr30kDataset, epochs: int = 1, **options):
-    """Train with AdamW; return the optimizer and the losses."""
-    optimizer = build_optimizer(model, 1e-3, 0.01)
+def train_steps(
+    model: DualEncoder, dataset: Flickr30kDataset, optimizer: torch.optim.Optimizer,
+    epochs: int = 1, **options: object,
+) -> None:
+    """Train for epochs of six steps."""
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    losses = [train_one_epoch(
-        model, dataset, optimizer, build_schedule(optimizer, 0, 1, "constant"), scaler,
-        batch_size=16, captions_per_image=2, flip=True, seed=0, epoch=epoch, **options,
-    ).losses for epoch in range(1, epochs + 1)]
-    return optimizer, torch.cat(losses)
+    for epoch in range(1, epochs + 1):
+        train_one_epoch(
+            model, dataset, optimizer, build_schedule(optimizer, 0, 1, "constant"), scaler,
+            batch_size=16, captions_per_image=1, flip=True, seed=0, epoch=epoch, **options)
 
 
 def test_a_step_equals_the_cpu(dataset):
@@ -109,12 +140,16 @@ def test_a_step_equals_the_cpu(dataset):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 1e-3), (torch.bfloat16, 0.2), (torch.float16, 0.05)], ids=str)
+    (torch.float32, 1e-3), (torch.bfloat16, 0.5), (torch.float16, 0.15)], ids=str)
 def test_chunks_equal_the_whole_batch(dataset, dtype, tolerance):
-    """In every precision, with a scaler for float16, chunks give the gradient of the batch."""
+    """In every precision, with a scaler for float16, chunks give the gradient of the batch.
+
+    cuDNN may compute a chunk with another kernel than the batch: over the depth of the network the
+    rounding of its results grows to a quarter of some gradients in bfloat16.
+    """
     results = []
     for chunk_size in (None, 5):
-        model = make_model(CUDA)
+        model = make_calibrated_model(dataset, CUDA)
         model.image_encoder.freeze_batchnorm()
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16, init_scale=1024.0)
         results.append(step_gradients(model, make_batch(dataset, CUDA), dtype, chunk_size, scaler))
@@ -139,25 +174,26 @@ def test_transforms_equal_the_cpu(dataset):
         torch.testing.assert_close(transform(pixels.to(CUDA)).cpu(), transform(pixels))
 
 
-def test_deterministic_runs_end_in_the_same_bits(tmp_path):
-    """Two runs with --deterministic, and one that is stopped and resumed, are the same."""
+def test_deterministic_runs_end_in_the_same_bits(tmp_path, monkeypatch):
+    """With --deterministic a run, one with a CUDA graph, and a resumed one are the same."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     images, annotations = make_tiny_data(tmp_path / "data")
+    # The graph keeps the learning rate in float32, which has this one.
     flags = ["--images", str(images), "--annotations", str(annotations), "--val-fraction", "0.25",
              "--image-size", str(SIZE), "--weights", "none", "--batch-size", "4", "--device",
-             "cuda", "--deterministic"]
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+             "cuda", "--deterministic", "--lr", str(2**-11)]
 
     def run(name: str, *more: str) -> dict:
-        command = [sys.executable, "train.py", *flags, "--results-dir", str(tmp_path / name), *more]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert train.main([*flags, "--results-dir", str(tmp_path / name), *more]) == 0
         last = tmp_path / name / "models" / "flickr30k_clip_last.pth"
         return torch.load(last, weights_only=True)["model_state"]  # no map_location: CPU tensors
 
-    one, two = run("one", "--epochs", "2"), run("two", "--epochs", "2")
-    run("resumed", "--epochs", "1")
-    resumed = run("resumed", "--epochs", "2", "--resume")
-    for other in (two, resumed):
+    one = run("one", "--epochs", "2", "--no-cuda-graph")
+    two = run("two", "--epochs", "2", "--no-cuda-graph")
+    graph = run("graph", "--epochs", "2", "--cuda-graph")
+    run("resumed", "--epochs", "1", "--cuda-graph")
+    resumed = run("resumed", "--epochs", "2", "--cuda-graph", "--resume")
+    for other in (two, graph, resumed):
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert not any(value.is_cuda for value in one.values())
 
@@ -175,7 +211,7 @@ def test_a_compiled_step_equals_the_eager_step(dataset):
             results.append(encoder(images).float())
         assert encoder.compiled == compiled
     error = (results[1] - results[0]).norm() / results[0].norm()
-    assert error < 0.05
+    assert error < 0.4  # features in float32 differ by 0.2, those of another seed by 1.1
 
 
 def test_a_run_moves_between_devices(tmp_path):
@@ -206,24 +242,97 @@ def test_an_infinite_gradient_skips_the_step(dataset):
     assert scaler.get_scale() < 2.0**120
 
 
+def run_epochs(
+    dataset: Flickr30kDataset, captions_per_image: int, graph: bool, stop: int | None = None,
+) -> tuple[dict, torch.Tensor, int]:
+    """Train two epochs with everything that is random, and a learning rate that changes.
+
+    Args:
+        dataset: with its pixels on the GPU.
+        captions_per_image: of a batch.
+        graph: replay the steps as a CUDA graph.
+        stop: the step of the second epoch after which the run is resumed with a new optimizer.
+
+    Returns:
+        The averaged weights, the losses of the last epoch, and the number of graphs.
+    """
+    model = make_model(CUDA, dropout=0.3, drop_connect=0.2, word_dropout=0.3)
+    average = MovingAverage(model, 0.9)
+    done = 0
+
+    def start(state: dict | None = None) -> tuple[torch.optim.Optimizer, GraphedStep | None]:
+        optimizer = build_optimizer(model, 2**-10, 0.01)
+        if state:
+            optimizer.load_state_dict(state)
+        return optimizer, make_graphed(optimizer) if graph else None
+
+    def train_epoch(epoch: int, progress: Progress | None = None) -> Progress:
+        def after_step(progress: Progress) -> bool:
+            nonlocal done
+            done += 1
+            average.update(done)
+            return epoch == 2 and progress.step == stop
+
+        # Every rate of the warm-up has an exact value in float32, in which a graph has it.
+        scheduler = build_schedule(optimizer, 8, 12, "constant", done_steps=done)
+        return train_one_epoch(
+            model, dataset, optimizer, scheduler, torch.amp.GradScaler("cuda", enabled=False),
+            batch_size=16, captions_per_image=captions_per_image, flip=True, seed=0, epoch=epoch,
+            dtype=torch.bfloat16, graphed=graphed, after_step=after_step, progress=progress)
+
+    optimizer, graphed = start()
+    train_epoch(1)
+    progress = train_epoch(2)
+    if stop:
+        state = deepcopy(optimizer.state_dict())
+        for group in state["param_groups"]:
+            group["lr"] = group["initial_lr"]
+        optimizer, graphed = start(state)
+        progress = train_epoch(2, progress)
+    average.copy_counts()
+    weights = {name: value.cpu() for name, value in average.model.state_dict().items()}
+    return weights, progress.losses.cpu(), graphed.captured if graphed else 0
+
+
+@pytest.mark.parametrize(("captions_per_image", "stop"), [(1, None), (1, 2), (2, None)])
+def test_a_graphed_step_equals_the_eager_step(dataset, monkeypatch, captions_per_image, stop):
+    """To the bit, over replays, a resumed epoch and batches of several shapes."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    if captions_per_image == 2:  # the number of captions differs from batch to batch
+        monkeypatch.setattr(cuda_graph, "WARM_UP", 1)
+        monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 2)
+    cached = cache_on_device(dataset, CUDA)
+    expected, losses, _ = run_epochs(cached, captions_per_image, graph=False)
+    found, own_losses, captured = run_epochs(cached, captions_per_image, graph=True, stop=stop)
+    assert 1 <= captured <= (1 if captions_per_image == 1 else 2)
+    assert torch.equal(own_losses, losses)
+    assert len(set(losses.tolist())) == len(losses)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_the_host_does_not_wait_in_a_step(dataset, monkeypatch):
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_host_does_not_wait_in_a_step(dataset, monkeypatch, graph):
     """In 20 steps, the moving average included, nothing synchronizes host and device."""
     monkeypatch.setattr("src.training.engine.CHECK_SECONDS", float("inf"))
     model = make_model(CUDA, drop_connect=0.2)
     average = MovingAverage(model, 0.9)
     cached = cache_on_device(dataset, CUDA)
-    train_steps(model, cached, dtype=torch.bfloat16)  # allocations and cuDNN's measurements
+    optimizer = build_optimizer(model, 1e-3, 0.01)
+    options = {"dtype": torch.bfloat16, "graphed": make_graphed(optimizer) if graph else None}
+    train_steps(model, cached, optimizer, 2, **options)  # cuDNN's measurements, the capture
 
     def after_step(progress):
         average.update(progress.step)
         return progress.step + 1 == len(progress.losses)  # the last one reads the losses
 
-    for _ in range(8):
+    for _ in range(4):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train_steps(model, cached, dtype=torch.bfloat16, after_step=after_step)
+            train_steps(model, cached, optimizer, after_step=after_step, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -240,13 +349,14 @@ def test_ranks_equal_the_cpu():
         assert all(map(torch.equal, found, expected))
 
 
-def test_metrics_of_a_split_are_near_those_of_the_cpu(dataset):
-    """The metrics of a model are those of the CPU, up to the rounding of embeddings."""
-    model = make_model(CPU).eval()
+def test_metrics_of_a_split_are_near_those_of_the_cpu(dataset, monkeypatch):
+    """The metrics of a model in float32 are those of the CPU, up to the rounding of embeddings."""
+    monkeypatch.setattr("src.evaluation.embed.compute_dtype", lambda device: torch.float32)
+    model = make_calibrated_model(dataset, CPU).eval()
     expected = evaluate_retrieval(model, dataset)
     found = evaluate_retrieval(model.to(CUDA), cache_on_device(dataset, CUDA))
     assert found.keys() == expected.keys()
-    assert abs(found["text_to_image_mean_rank"] - expected["text_to_image_mean_rank"]) < 2
+    assert abs(found["text_to_image_mean_rank"] - expected["text_to_image_mean_rank"]) < 0.5
 
 
 def test_out_of_memory_is_explained():
@@ -265,3 +375,20 @@ def test_nccl_with_one_rank(tmp_path):
          "1", "--device", "cuda", "--results-dir", str(tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(dataset, monkeypatch, capsys):
+    """One line says so, and the weights are those of eager steps, random numbers included."""
+    # The last test of this file, since a failed capture may leave more behind than it should.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    cached = cache_on_device(dataset, CUDA)
+    expected, _, _ = run_epochs(cached, 1, graph=False)
+    clamp = DualEncoder.clamp_logit_scale
+    monkeypatch.setattr(DualEncoder, "clamp_logit_scale",
+                        lambda self: (clamp(self), self.logit_scale.item()))
+    found, _, captured = run_epochs(cached, 1, graph=True)
+    assert captured == 0
+    assert capsys.readouterr().err.count("cannot be captured") == 1
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

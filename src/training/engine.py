@@ -1,7 +1,8 @@
-"""One epoch of training: `train_one_epoch` is the loop, `forward_backward` computes a step."""
+"""One epoch of training: `train_one_epoch` is the loop, `train_step` computes a step."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from src.data.loader import Prefetcher, sample_batches
 from src.data.transforms import sample_crops, train_transform
 from src.models.dual_encoder import DualEncoder
 from src.models.loss import contrastive_loss
+from src.training.cuda_graph import GraphedStep
 from src.utils.distributed import all_gather_with_grad, average_gradients, rank, split_evenly
 from src.utils.errors import UserError
-from src.utils.runtime import autocast, seed_all
+from src.utils.runtime import autocast, free_memory, seed_all
 
 CHECK_SECONDS = 0.5  # how often the loss is read: on a GPU the host has to wait for it
 
@@ -62,6 +64,7 @@ def train_one_epoch(
     dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     freeze_batchnorm: bool = False,
+    graphed: GraphedStep | None = None,
     progress: Progress | None = None,
     after_step: Callable[[Progress], bool] = lambda progress: False,
 ) -> Progress:
@@ -78,6 +81,7 @@ def train_one_epoch(
         dtype: of matrix products and convolutions, see `compute_dtype`.
         chunk_size: images in memory at a time, None for the whole batch; see `forward_backward`.
         freeze_batchnorm: normalize with the running statistics and do not update them.
+        graphed: replays steps as a CUDA graph; the same object in every epoch.
         progress: of an epoch that was interrupted, to continue it.
         after_step: called after each step; returns whether to stop.
 
@@ -107,13 +111,10 @@ def train_one_epoch(
         for batch in bar:
             # The key makes a step a function of its number, so a resumed run draws the same numbers
             # without a saved generator state.
-            loss = forward_backward(model, scaler, batch, flip=flip, dtype=dtype,
-                                    key=(seed, epoch, progress.step), chunk_size=chunk_size)
-            scaler.step(optimizer)  # skips the step if a float16 gradient is not finite
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            loss = train_step(model, optimizer, scaler, batch, flip=flip, dtype=dtype,
+                              key=(seed, epoch, progress.step), chunk_size=chunk_size,
+                              graphed=graphed)
             scheduler.step()  # per step, not per epoch
-            model.clamp_logit_scale()
 
             progress.losses[progress.step] = loss  # stays on the device: no wait
             progress.step += 1
@@ -128,6 +129,32 @@ def train_one_epoch(
             if after_step(progress):
                 break
     return progress
+
+
+def train_step(
+    model: DualEncoder, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    batch: Batch, *, flip: bool, key: tuple[int, ...], dtype: torch.dtype = torch.float32,
+    chunk_size: int | None = None, graphed: GraphedStep | None = None,
+) -> torch.Tensor:
+    """Compute the gradients of a batch and update the weights; see `forward_backward`.
+
+    Args:
+        graphed: replays the step as a CUDA graph; None to launch its kernels one by one.
+
+    Returns:
+        The loss before the update, a scalar without gradient; `graphed` overwrites it.
+    """
+
+    def step(batch: Batch, crops: torch.Tensor | None) -> torch.Tensor:
+        loss = _add_gradients(model, scaler, batch, crops, key, dtype, chunk_size)
+        scaler.step(optimizer)  # skips the step if a float16 gradient is not finite
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.clamp_logit_scale()
+        return loss
+
+    crops = _seed_step(model, batch, flip, key)
+    return graphed(step, batch, crops) if graphed else step(batch, crops)
 
 
 def forward_backward(
@@ -155,17 +182,41 @@ def forward_backward(
     Returns:
         The loss of the whole batch, a scalar without gradient.
     """
+    crops = _seed_step(model, batch, flip, key)
+    return _add_gradients(model, scaler, batch, crops, key, dtype, chunk_size)
+
+
+def _seed_step(
+    model: DualEncoder, batch: Batch, flip: bool, key: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Seed the random numbers of a step, and draw the crops of this rank's images."""
     seed_all(*key)
     crops = None
     if batch.images.ndim == 4:  # pixels; features of a frozen encoder are not cropped
         slack = batch.images.shape[1] - model.config.image_size
         # Drawn for the whole batch, so that the crops do not depend on the number of ranks.
         crops = sample_crops(len(batch.counts), slack, flip)[batch.local.start : batch.local.stop]
+    _seed_chunk(key, 0)
+    return crops
+
+
+def _seed_chunk(key: tuple[int, ...], number: int) -> None:
+    """Seed the dropout masks of a chunk; the same in both passes."""
+    seed_all(*key, rank(), number)
+
+
+def _add_gradients(
+    model: DualEncoder, scaler: torch.amp.GradScaler, batch: Batch, crops: torch.Tensor | None,
+    key: tuple[int, ...], dtype: torch.dtype, chunk_size: int | None,
+) -> torch.Tensor:
+    """Add the gradients of a batch after `_seed_step`. Returns the loss."""
     chunks = batch.chunks(chunk_size)
+    one_pass = len(chunks) == 1
 
     def embed(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         image_slice, token_slice = chunks[number]
-        seed_all(*key, rank(), number)  # the same dropout masks in both passes
+        if not one_pass:  # a CUDA graph, which is one pass, cannot be seeded within
+            _seed_chunk(key, number)
         images = batch.images[image_slice]
         if crops is not None:
             images = train_transform(images, model.config.image_size, crops[image_slice])
@@ -173,7 +224,6 @@ def forward_backward(
             return model(images, batch.tokens[token_slice])
 
     # With several chunks the first pass keeps no activations: only the embeddings are needed.
-    one_pass = len(chunks) == 1
     with torch.set_grad_enabled(one_pass):
         embeddings = [embed(number) for number in range(len(chunks))]
     images, texts = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
@@ -227,6 +277,56 @@ def check_batch_size(
             f"BatchNorm cannot be trained on a single image of {image_size} pixels, and a batch of "
             f"{batch_size} has one in a chunk or process of its own: choose another --batch-size, "
             "--chunk-size or number of processes, or a larger --image-size")
+
+
+def explain_memory(
+    model: DualEncoder, batch_size: int, chunk_size: int | None, dtype: torch.dtype
+) -> str | None:
+    """Return a warning if training the image encoder may need more memory than is free, or None.
+
+    The system may kill a process without a message when its memory is used up.
+
+    Args:
+        model: on the device to train on.
+        batch_size: images per step, over all ranks.
+        chunk_size: images in memory at a time, None for all.
+        dtype: of matrix products and convolutions.
+    """
+    device = model.logit_scale.device
+    free = free_memory(device)
+    count = max(len(part) for part in split_evenly(batch_size))
+    one = 1.6 * activation_bytes(model, dtype)  # with gradients and the kernels' own buffers
+    needed = one * min(count, chunk_size or count)
+    if free is None or needed < free:
+        return None
+    fitting = max(1, 2 ** int(math.log2(max(1, free / 2 / one))))
+    return (f"note: a step takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB "
+            f"are free: --chunk-size {fitting} takes {one * fitting / 1e9:.1f} GB, for a second "
+            "forward pass")
+
+
+def activation_bytes(model: DualEncoder, dtype: torch.dtype) -> float:
+    """Return the bytes per image that the image encoder keeps for the backward pass."""
+    sizes: dict[int, int] = {}  # address of a saved tensor's memory -> its bytes
+    parameters = {p.data_ptr() for p in model.parameters()}
+    saved = []  # alive, so that no two have the same address
+
+    def pack(tensor: torch.Tensor) -> None:
+        # Detached, and nothing is returned for a backward pass: an output that its own node holds
+        # would keep the graph, and with it the parameters' AccumulateGrad nodes, for good.
+        saved.append(tensor.detach())
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            sizes[memory.data_ptr()] = memory.nbytes()
+
+    size = model.config.image_size
+    images = torch.zeros(2, 3, size, size, device=model.logit_scale.device)
+    encoder = model.image_encoder.train()
+    encoder.freeze_batchnorm()  # no image may change the statistics; train_one_epoch undoes it
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), \
+            autocast(images.device, dtype):
+        encoder.backbone(images.contiguous(memory_format=torch.channels_last))
+    return sum(sizes.values()) / len(images)
 
 
 def _check_finite(

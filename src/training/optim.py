@@ -28,8 +28,7 @@ def build_optimizer(
         text_encoder_lr: the same of a BERT; a bag of words is trained with `lr`.
 
     Returns:
-        The optimizer; on a GPU one kernel updates many tensors (`fused`), unless deterministic
-        algorithms are required.
+        The optimizer; on a GPU one kernel updates many tensors (`fused`).
     """
     groups = []
     encoders = {model.image_encoder: image_encoder_lr or lr}
@@ -43,8 +42,7 @@ def build_optimizer(
             {"params": [p for p in own if p.ndim >= 2], "lr": rate, "weight_decay": weight_decay},
             {"params": [p for p in own if p.ndim < 2], "lr": rate, "weight_decay": 0.0},
         ]
-    fused = model.logit_scale.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, fused=model.logit_scale.is_cuda)
 
 
 def build_schedule(

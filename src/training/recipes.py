@@ -16,8 +16,8 @@ RECIPES = {
 # First the heads on frozen features, then everything, with a learning rate of its own for the image
 # encoder and a moving average of the weights. benchmarks/quality.md lists what was tried.
 RECIPES["strong"] = RECIPES["baseline"] | dict(
-    dropout=0.3, word_dropout=0.3, drop_connect=0.2, epochs=18, batch_size=128,
-    captions_per_image=5, lr=5e-4, image_encoder_lr=1e-4, text_encoder_lr=5e-5, schedule="cosine",
+    dropout=0.3, word_dropout=0.3, drop_connect=0.2, epochs=18, batch_size=256,
+    captions_per_image=5, lr=1e-3, image_encoder_lr=3e-4, text_encoder_lr=5e-5, schedule="cosine",
     warmup_steps=20, head_epochs=8, freeze_batchnorm=True, flip_tta=True, ema_decay=0.995,
 )
 # From random weights, on images of 64 pixels.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "
               "save_every", "resume", "strict")
 # Flags that it may change with a note: the run's length, and what can stop it diverging.
 CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "text_encoder_lr", "weight_decay", "chunk_size",
-              "compile")
+              "compile", "cuda_graph")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
 RENAMED_RECIPES = {"seed": "baseline"}
@@ -173,6 +175,22 @@ class RunState:
                 average_state=self.eval_model.state_dict() if self._average else {},
             )
         self._saved = time.monotonic()
+
+    def report_stop(self, demo: bool, results_dir: str | Path | None) -> int:
+        """Print how to continue the run that was asked to stop. Returns the signal's exit status.
+
+        Args:
+            demo, results_dir: the flags with which train.py finds the run.
+        """
+        n_ranks = world_size()
+        launcher = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
+        place = " --demo" if demo else ""
+        place += f" --results-dir {shlex.quote(str(results_dir))}" if results_dir else ""
+        if rank() == 0:
+            print(f"stopped after step {self.progress.step} of epoch {len(self.log) + 1}, and "
+                  f"saved; continue with\n    {launcher} train.py --resume{place}",
+                  file=sys.stderr)
+        return 128 + (self._stop_request.signal or Signals.SIGTERM)  # another rank got the signal
 
     def _save_best(self) -> None:
         """Write the best checkpoint; the first of a new run renames that of an earlier run."""

@@ -93,6 +93,18 @@ def tune_malloc() -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD: ... and let it grow by 64 MB
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that are available on `device`; None if it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None  # not Linux
+    fields = dict(line.split(":") for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
 def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to `device`; the host does not wait for a copy to a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import asdict
 
@@ -160,7 +161,7 @@ def test_the_first_bad_step_is_named(colors, monkeypatch):
     """If the loss is checked only after several steps, the first step that broke it is named."""
     monkeypatch.setattr(engine, "CHECK_SECONDS", math.inf)
     losses = iter([1.0, math.inf, 1.0, math.nan])
-    monkeypatch.setattr(engine, "forward_backward", lambda *_, **__: torch.tensor(next(losses)))
+    monkeypatch.setattr(engine, "_add_gradients", lambda *_, **__: torch.tensor(next(losses)))
     model = make_model()
     optimizer = build_optimizer(model, 1e-3, 0.0)
     with pytest.raises(UserError, match="epoch 1, step 1 "):
@@ -339,3 +340,48 @@ def test_other_batches_are_trained_on(batch_size, chunk_size, image_size, n_rank
         for start in range(0, len(part), chunk_size or len(part)):
             size = len(part[start : start + (chunk_size or len(part))])
             assert encoder(torch.randn(size, 3, image_size, image_size)).isfinite().all()
+
+
+def small_model(image_size: int) -> DualEncoder:
+    """Return a model of three words."""
+    return DualEncoder(ModelConfig(3, image_size=image_size))
+
+
+def test_activation_bytes_are_those_of_the_outputs():
+    """They are proportional to the area, and between one and four times the convolutions' outputs.
+
+    Weights and statistics are as before, and no tensor of the forward pass stays in memory: its
+    AccumulateGrad nodes would belong to another stream than those of a CUDA graph.
+    """
+    model = small_model(64)
+    outputs = []
+    for module in model.image_encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *call: outputs.append(call[2].nbytes / 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gc.collect()
+    tensors = sum(type(item) is torch.Tensor for item in gc.get_objects())
+    found = engine.activation_bytes(model, torch.float32)
+    assert sum(outputs) < found < 4 * sum(outputs)
+    gc.collect()
+    assert sum(type(item) is torch.Tensor for item in gc.get_objects()) == tensors
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    larger = engine.activation_bytes(small_model(128), torch.float32)
+    assert larger / found == pytest.approx(4, rel=0.15)
+    assert engine.activation_bytes(small_model(128), torch.bfloat16) < 0.7 * larger
+
+
+def test_memory_that_does_not_suffice_is_explained(monkeypatch):
+    """The warning names a chunk size with which there is none; enough memory gives no warning."""
+    model = small_model(64)
+    one = engine.activation_bytes(model, torch.float32)
+    monkeypatch.setattr(engine, "free_memory", lambda device: int(200 * one))
+    assert engine.explain_memory(model, 100, None, torch.float32) is None
+    note = engine.explain_memory(model, 200, None, torch.float32)
+    chunk_size = int(note.split("--chunk-size ")[1].split()[0])
+    assert engine.explain_memory(model, 200, chunk_size, torch.float32) is None
+    assert chunk_size >= 32
+    monkeypatch.setattr(engine, "split_evenly", lambda count: [range(count // 2)] * 2)
+    assert engine.explain_memory(model, 200, None, torch.float32) is None  # two processes
+    monkeypatch.setattr(engine, "free_memory", lambda device: None)
+    assert engine.explain_memory(model, 10**9, None, torch.float32) is None
