@@ -2,6 +2,7 @@
 
     python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
+    python train.py --text-encoder bert
     python train.py --demo             # a synthetic dataset, 1 to 3 minutes
     python train.py --max-images 2000 --weights none
     python train.py --resume           # continue a run, even within an epoch
