@@ -15,6 +15,11 @@ the split are by default those of the training run.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script, status
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
 import json
 import time
@@ -27,6 +32,8 @@ from src.cli import (
     add_results_arguments,
     add_split_arguments,
     defaults_from_checkpoint,
+    find_checkpoint,
+    png_file,
     resolve_data,
     resolve_results,
     scan_arguments,
@@ -41,7 +48,7 @@ from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.utils.distributed import process_group, rank
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError, counted
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
 from src.utils.runtime import pick_device, tune_malloc
@@ -55,18 +62,20 @@ def main(argv: list[str] | None = None) -> int:
     add_split_arguments(parser)
     add_checkpoint_arguments(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "all"), default="val",
-                        help="(default: %(default)s)")
+                        help="images to evaluate on (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="JSON file of the metrics "
                         "(default: RESULTS_DIR/evaluation_SPLIT.json)")
-    parser.add_argument("--mistakes", type=Path, metavar="FILE.png",
+    parser.add_argument("--mistakes", type=png_file, metavar="FILE.png",
                         help="draw the captions that rank their own image worst")
     parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+                        help="device to use, such as cpu, cuda, cuda:1 or mps (default: "
+                        "%(default)s)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
-    checkpoint = args.checkpoint or results.best
-    model, tokenizer, content = load_checkpoint(checkpoint)
+    checkpoint = find_checkpoint(args, results)
+    with status("loading the model"):
+        model, tokenizer, content = load_checkpoint(checkpoint)
     args = defaults_from_checkpoint(parser, argv, content)
     tune_malloc()
     with process_group():
@@ -84,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         output = args.output or results.folder / f"evaluation_{args.split}.json"
         write_atomic(output, (json.dumps(report, indent=2) + "\n").encode())
-        print(f"{args.split}: {len(dataset.records):,} images, {len(dataset):,} captions, "
+        print(f"{args.split}: {counted(len(dataset.records), 'images')}, "
+              f"{counted(len(dataset), 'captions')}, "
               f"{checkpoint} (epoch {content.get('epoch')})\n")
         print(format_table(metrics))
         print(f"\n{output}")

@@ -10,6 +10,11 @@ one batch with an untrained model. The exit status is 1 if something is wrong.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import contextlib
 import math
 import os
@@ -20,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from src import cli
 from src.data.captions import ImageRecord
@@ -32,10 +38,8 @@ from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.image_encoder import IMAGE_ENCODERS
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import printable, run_script, shorten
+from src.utils.errors import MAX_LINES, counted, printable, shorten, shorten_lines
 from src.utils.runtime import pick_device, seed_all
-
-MAX_LINES = 30  # of problems that are printed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_data_arguments(parser)
     cli.add_split_arguments(parser)
     parser.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
-                        metavar="NAME", help="as for train.py (default: %(default)s)")
+                        metavar="NAME",
+                        help="image encoder, as for train.py (default: %(default)s)")
     parser.add_argument("--image-size", type=cli.positive_int, metavar="PIXELS",
                         help="height and width of the input images (default: 224, with --demo 64)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, metavar="N",
@@ -73,14 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     problems += check_model(
         source, tokenizer, args.image_encoder, image_size, args.batch_size, args.seed)
 
-    val_captions = captions_of(source.splits["val"])
-    warnings = find_warnings(source, [train_captions, val_captions], tokenizer)
+    warnings = find_warnings(source, [source.splits["train"], source.splits["val"]], tokenizer)
     found = list(dict.fromkeys(problems))  # an image of the batch may be reported twice
     for title, messages in (("wrong:", found), ("warnings:", warnings)):
         if messages:
-            print(f"\n{title}", *map(printable, messages[:MAX_LINES]), sep="\n  ")
+            print(f"\n{title}", *shorten_lines(list(map(printable, messages))), sep="\n  ")
             if len(messages) > MAX_LINES:
-                print(f"  and {len(messages) - MAX_LINES:,} more")
+                print("  train.py writes all of them to rejected.csv")
     if not found and not warnings:
         print("\nall is well")
     return 1 if problems else 0
@@ -94,13 +98,14 @@ def captions_of(records: list[ImageRecord]) -> list[str]:
 def check_data(source: DataSource) -> list[str]:
     """Print the numbers of rows, images, splits and duplicates. Returns what is wrong."""
     read = source.annotations
-    print(f"captions   {read.rows:,} rows, {printable(read.format)}\n"
-          f"           {len(read.fixed):,} fixed, {len(read.rejected):,} rejected, "
+    print(f"captions   {counted(read.rows, 'rows')}, {printable(read.format)}\n"
+          f"           {counted(len(read.fixed), 'caption rows repaired')}, "
+          f"{len(read.rejected):,} rejected, "
           f"{len(read.repeated):,} repeated")
     per_image = Counter(len(record.captions) for record in read.records)
     print(f"images     {len(read.records):,} with captions ("
           + ", ".join(f"{n:,} with {k}" for k, n in per_image.most_common(4))
-          + f"); {len(source.missing):,} missing, {len(source.unused):,} files unused")
+          + f"); {len(source.missing):,} missing, {counted(len(source.unused), 'files unused')}")
     for kind, issues in collect_issues(source).items():
         for issue in issues[:3]:
             print(printable(f"           {kind}: {issue.where} {issue.name}: {issue.reason}"))
@@ -109,17 +114,19 @@ def check_data(source: DataSource) -> list[str]:
         f"{split} {len(records):,}" for split, records in source.splits.items() if records))
     train, val = (set(captions_of(source.splits[split])) for split in ("train", "val"))
     groups = identical_images(source)
-    print(f"           {len(train & val):,} captions occur in both train and val\n"
-          f"           {len(groups):,} groups of byte-identical images are in train and elsewhere"
-          + (f", such as {shorten(groups[0], ' = ')}" if groups else ""))
+    same = "1 caption occurs" if len(train & val) == 1 else f"{len(train & val):,} captions occur"
+    print(f"           {same} in both train and val\n"
+          f"           {counted(len(groups), 'groups of byte-identical images')} in train and "
+          "elsewhere" + (f", such as {shorten(groups[0], ' = ')}" if groups else ""))
     problems = []
     if outside := find_outside(source):
-        problems.append(f"{len(outside):,} images are links to files outside the image folder, "
-                        f"such as {outside[0]}: --follow-links reads them")
+        problems.append(f"links to files outside the image folder: "
+                        f"{counted(len(outside), 'images')}, such as {outside[0]}; --follow-links "
+                        "reads them")
     if read.rejected:
-        problems.append(f"{len(read.rejected):,} caption rows were rejected")
+        problems.append(counted(len(read.rejected), "caption rows rejected"))
     if source.missing:
-        problems.append(f"{len(source.missing):,} images are missing from {source.images}")
+        problems.append(counted(len(source.missing), f"images missing from {source.images}"))
     if not source.splits["train"]:
         problems.append("there are no training images")
     return problems
@@ -137,7 +144,8 @@ def identical_images(source: DataSource) -> list[list[str]]:
             with contextlib.suppress(OSError):  # reported where images are decoded
                 by_size[path.stat().st_size].append((split == "train", path))
     groups = []
-    for same_size in by_size.values():
+    for same_size in tqdm(by_size.values(), desc="comparing files", unit="size", delay=1,
+                          leave=False, disable=None):
         if len({is_train for is_train, _ in same_size}) == 2:
             by_content = defaultdict(set)
             for is_train, path in same_size:
@@ -169,9 +177,12 @@ def check_images(source: DataSource, size: int) -> list[str]:
         return ""
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(pool.map(problem_of, names), desc="decoding", total=len(names), unit="image",
+                     leave=False, disable=None)
         problems = [f"{name} cannot be read: {problem}" for name, problem
-                    in zip(names, pool.map(problem_of, names), strict=True) if problem]
-    print(f"pixels     {len(names) - len(problems):,} of {len(names):,} images can be read")
+                    in zip(names, found, strict=True) if problem]
+    print(f"pixels     {len(names) - len(problems):,} of {counted(len(names), 'images')} can be "
+          "read")
     return problems
 
 
@@ -218,7 +229,8 @@ def check_model(
     expected = math.log(len(pixels))
     print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} -> embeddings "
           f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)} on {device}")
-    print(f"loss       {loss:.3f} before training; guessing is ln({len(pixels)}) = {expected:.3f}")
+    print(f"loss       {loss:.3f} before training (guessing: about ln {len(pixels)} = "
+          f"{expected:.2f})")
     if not abs(loss - expected) < 1:
         problems.append(f"the untrained loss {loss:.3f} is far from ln(batch) = {expected:.3f}")
     return problems

@@ -20,22 +20,35 @@ The exit status is 1 if some of the queries were not answered.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script, status
+
+if __name__ == "__main__":
+    start_script()
+
 import argparse
 import codecs
 import functools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import cli
-from src.search.answers import Filter, Library, answer_image, answer_text, format_answer
-from src.search.manage import index_folder, list_indexes, remove_index
+from src.search.answers import (
+    Filter,
+    Library,
+    answer_image,
+    answer_text,
+    file_uri,
+    format_answer,
+)
+from src.search.manage import index_folder, list_indexes, remove_if_failed, remove_index
 from src.search.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
 from src.search.update_index import end_updates, help_update, update_index
-from src.utils.errors import UserError, printable, run_script
-from src.utils.paths import DataPaths
+from src.utils.errors import UserError, counted, printable, shorten_lines
+from src.utils.paths import DataPaths, ResultPaths
 
 # torch, Pillow and the modules that need them are imported where they are used: a text query with
 # an index that is up to date needs neither, and importing torch takes longer than the rest.
@@ -44,6 +57,9 @@ if TYPE_CHECKING:
 
     from src.models.dual_encoder import DualEncoder
     from src.models.tokenizer import Tokenizer
+
+
+LONE_MINUS = re.compile(r"(?<!\S)-\s+(\w+)")  # "- people" in "beach - people"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,29 +72,28 @@ def main(argv: list[str] | None = None) -> int:
         write_line(remove_index(indexes, args.remove_index) if args.remove_index
                    else list_indexes(indexes))
         return 0
-    checkpoint = args.checkpoint or results.best
-    load = functools.cache(lambda: load_model(checkpoint, args.device))
     if "RANK" in os.environ:
         from src.utils import distributed
 
         distributed.init_distributed()
         if distributed.rank() > 0:
-            help_update(lambda: load()[0])
+            help_update(lambda: load_model(args.checkpoint or results.best, args.device)[0])
             distributed.destroy_distributed()
             return 0
+    with remove_if_failed(args.index_dir or indexes):
+        return search(argv, args, results)
 
+
+def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPaths) -> int:
+    """Answer the queries of `argv`, which are parsed as `args`. Returns the exit status."""
     # --- queries -------------------------------------------------------------------------------
     texts = read_queries(args)
     if not (texts or args.image or args.page or args.serve is not None):
         raise UserError('nothing to search for: give a text, as in python search.py "a red car", '
                         "or --image FILE, or --page DIR")
-    if not checkpoint.exists():
-        raise UserError(f"there is no file {checkpoint}: use the model of the repository with "
-                        "--pretrained, train one with python train.py, or name a checkpoint with "
-                        "--checkpoint")
-    if len(args.query) > 1 and not any(" " in text for text in args.query):
-        print(f"note: {len(args.query)} queries; put quotes around words that belong together",
-              file=sys.stderr)
+    checkpoint = cli.find_checkpoint(args, results)
+    load = functools.cache(lambda: load_model(checkpoint, args.device))
+    indexes = results.folder / "index"
     table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
     if not isinstance(table, WordTable):
         check_bert(args)
@@ -93,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
             prune=args.prune, about={"checkpoint_file": str(checkpoint.resolve()), **table.about})
         for folder in folders])
     if "RANK" in os.environ:
+        from src.utils import distributed
+
         end_updates()
         distributed.destroy_distributed()
 
@@ -116,9 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         page = args.page or results.folder / "page"
         write_page(page, table, library, captions, args.page_words)
         if args.serve is not None:
-            from src.search.page_server import serve_page
-
-            serve_page(page, args.serve)
+            serve(page, args.serve, open_browser=not args.no_browser and has_browser())
     return 1 if errors else 0
 
 
@@ -127,10 +142,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.SearchParser(description=__doc__)
     cli.add_results_arguments(parser)
     queries = parser.add_argument_group("queries")
-    queries.add_argument("query", nargs="*", help="texts; each is a query")
+    queries.add_argument("query", nargs="*",
+                         help="a text, with or without quotes; of several texts each needs quotes")
     queries.add_argument("--queries", metavar="FILE",
-                         help="texts, one per line; - for standard input")
-    queries.add_argument("--image", type=Path, metavar="FILE", help="a photo instead of a text")
+                         help="a file of texts, one per line; - for standard input")
+    queries.add_argument("--image", type=Path, metavar="FILE",
+                         help="a photo; the most similar photos are answered")
     photos = parser.add_argument_group("photos")
     photos.add_argument("--images", type=Path, metavar="DIR", nargs="+", action="extend",
                         help="folders of photos, with their subfolders (default: the training "
@@ -144,12 +161,14 @@ def make_parser() -> argparse.ArgumentParser:
                         "those of the training run)")
     cli.add_column_arguments(photos)
     photos.add_argument("--data-dir", type=Path, metavar="DIR",
-                        help="holds images/ and annotations/annotations.csv")
+                        help="folder with images/ and annotations/annotations.csv")
     cli.add_checkpoint_arguments(photos)
     photos.add_argument("--word-vectors", type=Path, metavar="FILE",
                         help="GloVe or other pretrained word vectors (text, .vec, .npz), which "
                         "add words that were not in the training captions")
-    photos.add_argument("--device", default="auto", help="(default: %(default)s)")
+    photos.add_argument("--device", default="auto",
+                        help="device to embed on, such as cpu, cuda, cuda:1 or mps (default: "
+                        "%(default)s)")
     index = parser.add_argument_group("index")
     index.add_argument("--index-dir", type=Path, metavar="DIR",
                        help="where the index is stored (default: a folder in RESULTS_DIR/index)")
@@ -169,9 +188,9 @@ def make_parser() -> argparse.ArgumentParser:
     output.add_argument("--duplicates", action="store_true",
                         help="show near duplicates one by one")
     output.add_argument("--explain", action="store_true",
-                        help="what each word adds to each score")
+                        help="print what each word adds to each score")
     output.add_argument("--json", action="store_true", help="print a JSON line for each query")
-    output.add_argument("--sheet", type=Path, metavar="FILE.png",
+    output.add_argument("--sheet", type=cli.png_file, metavar="FILE.png",
                         help="draw the answers as a picture")
     output.add_argument("--page", type=Path, metavar="DIR",
                         help="write a web page that searches by itself")
@@ -179,19 +198,22 @@ def make_parser() -> argparse.ArgumentParser:
                         help="words that the page knows, those of the captions first "
                         "(default: %(default)s)")
     output.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT",
-                        help="serve that page on 127.0.0.1 (default port: 8000; default folder: "
-                        "RESULTS_DIR/page)")
+                        help="serve that page on 127.0.0.1 and open it in the browser (default "
+                        "port: 8000; default folder: RESULTS_DIR/page)")
+    output.add_argument("--no-browser", action="store_true",
+                        help="with --serve, open no browser")
     return parser
 
 
 def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, dict]:
     """Load a checkpoint like `load_checkpoint`, with the model on a device."""
-    from src.models.checkpoint import load_checkpoint
-    from src.utils.runtime import pick_device, tune_malloc
+    with status("loading PyTorch and the model"):
+        from src.models.checkpoint import load_checkpoint
+        from src.utils.runtime import pick_device, tune_malloc
 
-    tune_malloc()
-    model, tokenizer, content = load_checkpoint(checkpoint)
-    return model.to(pick_device(device)), tokenizer, content
+        tune_malloc()
+        model, tokenizer, content = load_checkpoint(checkpoint)
+        return model.to(pick_device(device)), tokenizer, content
 
 
 def check_bert(args: argparse.Namespace) -> None:
@@ -240,6 +262,10 @@ def embed_each(table: WordTable, texts: list[str]) -> tuple[list[TextQuery], dic
             if len(texts) == 1:
                 raise
             errors[text] = str(error)
+    for text in texts:
+        for word in LONE_MINUS.findall(text):
+            print(printable(f"note: in {text!r} the minus sign has no effect; -{word} without a "
+                            "space subtracts the word"), file=sys.stderr)
     for query in queries:
         for hint in spelling_hints(query.unknown, table):
             print(f"note: {hint}", file=sys.stderr)
@@ -299,7 +325,7 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
     import numpy as np
 
     from src.data.images import load_image
-    from src.utils.plots import SheetRow, plot_contact_sheet
+    from src.utils.plots import SheetRow, plot_contact_sheet, rank_headings
 
     def load(file: str) -> np.ndarray:
         try:
@@ -314,7 +340,7 @@ def draw_sheet(path: Path, answers: list[dict]) -> None:
             [f"{result['score']:.2f}" for result in answer["results"]],
         )
         for answer in answers
-    ])
+    ], headings=rank_headings("query", max(len(answer["results"]) for answer in answers)))
 
 
 def write_page(
@@ -334,10 +360,44 @@ def write_page(
         paths=[Path(path) for path in library.paths],
         groups=library.index.groups(),
     )
-    for name, reason in written["skipped"]:
-        print(printable(f"not in the page: {name}: {reason}"), file=sys.stderr)
-    print(f"a page that searches {written['photos']:,} photos: {folder / 'index.html'}",
-          file=sys.stderr)
+    skipped = [printable(f"{name}: {reason}") for name, reason in written["skipped"]]
+    if skipped:
+        print(f"{counted(len(skipped), 'photos')} cannot be shown in the page:",
+              *shorten_lines(skipped), sep="\n  ", file=sys.stderr)
+    print(f"a page that searches {counted(written['photos'], 'photos')}: "
+          f"{file_uri(str(folder / 'index.html'))}", file=sys.stderr)
+
+
+def has_browser() -> bool:
+    """Return whether a person at this machine's screen can be shown a web page."""
+    is_local = sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
+    return is_local and (sys.platform == "darwin" or "DISPLAY" in os.environ
+                         or "WAYLAND_DISPLAY" in os.environ)
+
+
+def serve(page: Path, port: int, open_browser: bool) -> None:
+    """Serve a page until Ctrl-C, and open it in the browser.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
+    import threading
+    import webbrowser
+
+    from src.search.page_server import serve_page
+
+    # Half a second later, when the server answers; port 0 stands for any free port.
+    timer = threading.Timer(0.5, webbrowser.open, [f"http://127.0.0.1:{port}/"])
+    timer.daemon = True
+    if open_browser and port:
+        timer.start()
+    try:
+        serve_page(page, port)
+    except UserError as error:
+        other = port + 1 if 0 < port < 65535 else 8000
+        raise UserError(f"{error}, such as --serve {other}") from error
+    finally:
+        timer.cancel()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ five images) and rejected.csv.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 import argparse
 import sys
 import time
@@ -30,10 +35,10 @@ from src.data.loader import cache_on_device, count_batches
 from src.data.prepare import prepare_datasets
 from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
-from src.evaluation.examples import plot_examples
+from src.evaluation.examples import report_best
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
 from src.models.bert import load_pretrained
-from src.models.checkpoint import Checkpoint, load_checkpoint
+from src.models.checkpoint import Checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
@@ -43,7 +48,7 @@ from src.training.frozen_features import freeze_images, freeze_texts
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError, counted
 from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime.choose_kernels(args.deterministic)
         is_main = distributed.rank() == 0  # the other ranks print nothing
         if is_main:
-            cli.prepare_results(results.folder)
+            cli.prepare_results(results.folder, args.tensorboard)
             cli.prepare_demo(args, data)
         distributed.barrier()  # the others read what rank 0 has written
         with only_writer(results.folder) if is_main else nullcontext():
@@ -77,7 +82,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     # --- captions ------------------------------------------------------------------------------
     source, tokenizer, text_config = load_captions(args, resumed)
 
-    # --- model: before images are decoded for minutes, as weights that do not fit are refused --
+    # --- model ---------------------------------------------------------------------------------
+    # Before the images are decoded, which can take minutes: weights that do not fit are refused.
     model = (resumed.model if resumed else build_model(args, tokenizer, text_config)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
@@ -99,7 +105,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
             data=run_state.data_digests(train=train_set, validation=val_set),
-            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request)
+            ema_decay=args.ema_decay, save_minutes=args.save_every, stop_request=stop_request,
+            tensorboard=args.tensorboard)
         run.start(resumed)
         scheduler = build_schedule(  # a function of the step, which a resumed run knows by now
             optimizer, args.warmup_steps, args.epochs * steps_per_epoch, args.schedule,
@@ -114,7 +121,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
             features = freeze_images(data.cache, model.image_encoder, splits, dtype)
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in splits]
-        print(EPOCH_HEADER)
+        if len(run.log) < args.epochs:
+            print(EPOCH_HEADER)
         for epoch in range(len(run.log) + 1, args.epochs + 1):
             train_input, val_input = features if epoch <= frozen_epochs else pixels
             train_one_epoch(
@@ -123,7 +131,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
                 freeze_batchnorm=args.freeze_batchnorm, graphed=graphed, after_step=run.after_step)
             if run.stopped:
-                return run.report_stop(args.demo, args.results_dir), val_set
+                return run.report_stop(cli.resume_command(args, distributed.world_size())), val_set
             run.save()  # a run that is killed during validation continues with the validation
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
@@ -195,9 +203,10 @@ def load_images(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
         cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
     for split, dataset in zip(("train", "val"), datasets, strict=True):
-        name = {"train": "train", "val": "validation"}[split]
-        print(f"{name}: {len(dataset.records):,} images, {len(dataset):,} captions")
-        if reason := source.explain_small_split(split, len(dataset.records)):
+        n_images, n_captions = len(dataset.records), len(dataset)
+        print(f"{'train' if split == 'train' else 'validation'}: {counted(n_images, 'images')}, "
+              f"{counted(n_captions, 'captions')}")
+        if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
     return datasets
 
@@ -227,18 +236,6 @@ def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype
     note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
     if note:
         print(note, file=sys.stderr)
-
-
-def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
-    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
-    model, _, best = load_checkpoint(results.best)
-    if not len(val_set):
-        print(f"last epoch {best['epoch']}, without validation: {results.best}")
-        return
-    plot_examples(results.folder / "examples.png", model.to(device), val_set)
-    print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
-    print("captions with their top five images, the correct one framed: "
-          f"{results.folder / 'examples.png'}")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,22 @@ The README has an example that loads it without this project.
 
 from __future__ import annotations
 
+from src.utils.script import run_script, start_script
+
+if __name__ == "__main__":
+    start_script("PyTorch")  # before the imports, which take seconds
+
 from pathlib import Path
 
 from src.cli import (
     Parser,
     add_checkpoint_arguments,
     add_results_arguments,
+    find_checkpoint,
     resolve_results,
 )
 from src.data.pixel_store import store_size
 from src.models.checkpoint import export_image_encoder, load_checkpoint
-from src.utils.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                         "(default: RESULTS_DIR/models/image_encoder_from_clip.pth)")
     args = parser.parse_args(argv)
     results = resolve_results(args)
-    checkpoint, output = args.checkpoint or results.best, args.output or results.exported
+    checkpoint, output = find_checkpoint(args, results), args.output or results.exported
     model, _, content = load_checkpoint(checkpoint)
     export_image_encoder(output, model, resize=store_size(model.config.image_size))
     print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')} "

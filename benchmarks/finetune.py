@@ -26,8 +26,8 @@ from benchmarks.timing import machine
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training.recipes import RECIPES
-from src.utils.errors import run_script
 from src.utils.runtime import seed_all
+from src.utils.script import run_script
 
 CAPTIONS = 5  # per image
 COLUMNS = ("image_to_text_R@1", "image_to_text_R@10", "text_to_image_R@1", "text_to_image_R@10")

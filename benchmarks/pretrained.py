@@ -17,9 +17,10 @@ import evaluate
 from benchmarks.timing import machine
 from src.models.checkpoint import load_checkpoint, save_compact
 from src.training.recipes import RECIPES
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import write_atomic
 from src.utils.paths import PRETRAINED
+from src.utils.script import run_script
 
 MAX_BYTES = 12_000_000
 

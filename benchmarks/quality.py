@@ -27,8 +27,9 @@ from benchmarks.timing import machine
 from src.data.loader import sample_batches
 from src.evaluation.embed import evaluate_retrieval
 from src.training.optim import build_schedule
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.runtime import seed_all, tune_malloc
+from src.utils.script import run_script
 
 COLUMNS = ("rsum", "text_to_image_R@1", "text_to_image_R@10", "image_to_text_R@1",
            "image_to_text_R@10", "seconds")

@@ -7,29 +7,47 @@ import difflib
 import math
 import os
 import re
+import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from src.training.recipes import IMAGE_SIZES, RECIPES
+from src.training.tensorboard import check_tensorboard
 from src.utils.errors import UserError
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # Flags and recipes of earlier versions -> their names today.
-RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta", "seed": "baseline"}
+RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
+           "--recipe seed": "--recipe baseline"}
+
+
+DEMO_RESULTS = Path("results/demo")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that does not break the names of models and programs at their hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help is the script's docstring, and whose errors are short."""
 
+    usage = "%(prog)s [flags]"  # a list of all flags would be twenty lines
+
     def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, usage=self.usage, allow_abbrev=False,
+                         formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> None:
         """Exit with status 2; print the error, the nearest valid names, and where help is."""
         unknown = re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2])
-        unknown += re.findall(r"--recipe: invalid choice: '([^']*)'", message)
-        valid = {name: name for name in (*self._option_string_actions, *RECIPES)}
+        valid = {name: name for name in self._option_string_actions}
+        if recipe := re.search(r"--recipe: invalid choice: '([^']*)'", message):
+            unknown.append(f"--recipe {recipe[1]}")
+            valid |= {f"--recipe {name}": f"--recipe {name}" for name in RECIPES}
         valid |= {old: new for old, new in RENAMED.items() if new in valid}
         nearest = [valid[match] for name in unknown
                    for match in difflib.get_close_matches(name, valid, 1)]
@@ -45,6 +63,8 @@ class SearchParser(Parser):
 
     Flags with the action "extend" may be repeated.
     """
+
+    usage = "%(prog)s [query ...] [flags]"
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description)
@@ -64,7 +84,8 @@ class SearchParser(Parser):
         """Parse a command line.
 
         A value after the first folder of --images that is neither a folder nor looks like a path
-        is a query, as in `--images photos "a red car"`.
+        is a query, as in `--images photos "a red car"`. Texts of one word each are one query, as
+        in `search.py a red car`.
         """
         self.seen.clear()
         parsed = self.parse_intermixed_args(args, namespace)
@@ -73,6 +94,8 @@ class SearchParser(Parser):
                      if not os.path.exists(path) and len(path.parts) == 1]
             parsed.images = [path for path in parsed.images if path not in texts]
             parsed.query = [*parsed.query, *map(str, texts)]
+        if all(len(text.split()) < 2 for text in parsed.query) and parsed.query:
+            parsed.query = [" ".join(parsed.query)]
         return parsed
 
 
@@ -114,7 +137,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --checkpoint and --pretrained, of which one may be given; both set `checkpoint`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--checkpoint", type=Path, metavar="FILE",
-                       help="(default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
+                       help="model to use (default: RESULTS_DIR/models/flickr30k_clip_best.pth)")
     group.add_argument("--pretrained", action="store_const", const=PRETRAINED, dest="checkpoint",
                        help="use the model that comes with the repository")
 
@@ -148,7 +171,7 @@ def add_column_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--caption-column", nargs=1, action=Repeatable, metavar="NAME",
                        help="column of the captions; may be repeated (default: found by its name)")
     group.add_argument("--split-column", metavar="NAME",
-                       help="column of train, val and test (default: split)")
+                       help="column that says train, val or test (default: split)")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +197,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--image-encoder", choices=IMAGE_ENCODERS, default="efficientnet-b0",
                        metavar="NAME",
-                       help=f"{', '.join(IMAGE_ENCODERS)} (default: %(default)s)")
+                       help="efficientnet-b0 to efficientnet-b7, or efficientnet-lite0 to "
+                       "efficientnet-lite2 (default: %(default)s)")
     group.add_argument("--weights", metavar="imagenet|none|PATH",
                        help="initial weights of the image encoder (default: %(default)s)")
     group.add_argument("--image-size", type=positive_int, metavar="PIXELS",
@@ -222,7 +246,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="defaults for the training and model flags; a flag on the command line "
                        "has priority (default: baseline; with --demo: demo)")
     group.add_argument("--epochs", type=positive_int, metavar="N",
-                       help="(default: %(default)s)")
+                       help="passes over the training captions (default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, metavar="IMAGES",
                        help="images per step, over all processes (default: %(default)s)")
     group.add_argument("--captions-per-image", type=positive_int, metavar="N",
@@ -235,7 +259,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        help="learning rate of --text-encoder bert (default: %(default)s; None is "
                        "--lr)")
     group.add_argument("--weight-decay", type=non_negative_float, metavar="X",
-                       help="(default: %(default)s)")
+                       help="weight decay of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=("constant", "cosine"),
                        help="learning rate schedule (default: %(default)s)")
     group.add_argument("--warmup-steps", type=non_negative_int, metavar="N",
@@ -259,10 +283,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: %(default)s)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto",
-                         help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+                         help="device to train on, such as cpu, cuda, cuda:1 or mps (default: "
+                         "%(default)s)")
     machine.add_argument("--precision", choices=PRECISIONS, default="auto",
-                         help="of matrix products and convolutions in training; auto is bfloat16 "
-                         "if the device supports it (default: %(default)s)")
+                         help="precision of matrix products and convolutions in training; auto is "
+                         "bfloat16 if the device supports it (default: %(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                          help="compile the image encoder with torch.compile, which takes a minute "
                          "or more at the first step (default: %(default)s)")
@@ -278,6 +303,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
                          help="save within an epoch too, so that a power cut costs at most this "
                          "time (default: %(default)s)")
+    machine.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                         help="also write the curves for TensorBoard, to RESULTS_DIR/tensorboard "
+                         "(default: %(default)s)")
     machine.add_argument("--deterministic", action="store_true",
                          help="give the same bits in every run on a GPU too, at some cost in "
                          "speed; a CPU always does")
@@ -320,7 +348,7 @@ def check_text_flags(args: argparse.Namespace) -> None:
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:
     """Return the result paths for the arguments of `add_results_arguments`."""
-    return ResultPaths(args.results_dir or Path("results/demo" if args.demo else "results"))
+    return ResultPaths(args.results_dir or (DEMO_RESULTS if args.demo else Path("results")))
 
 
 def resolve_data(args: argparse.Namespace) -> DataPaths:
@@ -350,6 +378,25 @@ def scan_arguments(args: argparse.Namespace) -> dict:
     )
 
 
+def find_checkpoint(args: argparse.Namespace, results: ResultPaths) -> Path:
+    """Return the checkpoint that the arguments of `add_checkpoint_arguments` mean.
+
+    Raises:
+        UserError: there is no such file; the message says which models there are.
+    """
+    checkpoint = args.checkpoint or results.best
+    if args.checkpoint and not checkpoint.exists():
+        raise UserError(f"there is no file {checkpoint}")
+    if not checkpoint.exists():
+        has_demo = not (args.demo or args.results_dir) and ResultPaths(DEMO_RESULTS).best.exists()
+        raise UserError(
+            f"there is no file {checkpoint}: "
+            + ("use the model of the demo with --demo, " if has_demo else "")
+            + f"train one with python train.py{' --demo' if args.demo else ''}, use the model of "
+            "the repository with --pretrained, or name a checkpoint with --checkpoint")
+    return checkpoint
+
+
 def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
     """With --demo, draw the synthetic dataset unless it is complete already.
 
@@ -366,12 +413,15 @@ def prepare_demo(args: argparse.Namespace, data: DataPaths) -> None:
     make_demo_dataset(data.images.parent)
 
 
-def prepare_results(folder: Path) -> None:
+def prepare_results(folder: Path, tensorboard: bool = False) -> None:
     """Create the results folder and check that it is writable, before hours of work depend on it.
 
     Raises:
-        UserError: a file has that name, or the folder is not writable.
+        UserError: a file has that name, the folder is not writable, or `tensorboard` is asked for
+            and not installed.
     """
+    if tensorboard:
+        check_tensorboard()
     try:
         (folder / "models").mkdir(parents=True, exist_ok=True)
         probe = folder / "models" / ".writable"
@@ -380,6 +430,14 @@ def prepare_results(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write results to {folder}: {error.strerror}; choose another "
                         "folder with --results-dir") from error
+
+
+def resume_command(args: argparse.Namespace, n_processes: int) -> str:
+    """Return the command that continues the run of train.py with `args`."""
+    launcher = f"torchrun --nproc-per-node {n_processes}" if n_processes > 1 else "python"
+    place = " --demo" if args.demo else ""
+    place += f" --results-dir {shlex.quote(str(args.results_dir))}" if args.results_dir else ""
+    return f"{launcher} train.py --resume{place}"
 
 
 def number(
@@ -394,6 +452,13 @@ def number(
 
     parse.__name__ = kind.__name__  # argparse prints it for text that is not a number
     return parse
+
+
+def png_file(text: str) -> Path:
+    """Return the path of a picture to write, for argparse."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text} must end in .png: pictures are PNG files")
+    return Path(text)
 
 
 positive_int = number(int, "at least 1", lambda value: value >= 1)

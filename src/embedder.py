@@ -101,7 +101,8 @@ class Embedder:
         images = [images] if isinstance(images, str | Path) else list(images)
         embeddings = [self._empty()]
         with ThreadPoolExecutor(os.cpu_count()) as pool, \
-                tqdm(total=len(images), desc="embedding", unit="image", delay=2) as bar:
+                tqdm(total=len(images), desc="embedding", unit="image", delay=2, leave=False,
+                     disable=None) as bar:
             for start in range(0, len(images), batch_size):
                 pixels = np.stack(list(pool.map(self._load, images[start : start + batch_size])))
                 embeddings.append(embed_pixels(self.model, torch.from_numpy(pixels)).numpy())

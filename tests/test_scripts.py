@@ -10,6 +10,8 @@ import runpy
 import shutil
 import signal
 import stat
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,10 @@ from src.training.engine import Progress, train_one_epoch
 from src.training.recipes import RECIPES
 from src.training.run_state import RunState
 from src.utils import files
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import only_writer
 from src.utils.runtime import seed_all
+from src.utils.script import run_script
 from tests.compare import differences
 from tests.tiny_data import make_tiny_data
 
@@ -356,11 +359,15 @@ def test_resume_may_change_learning_rate_and_weight_decay(run, stubs, capsys):
         assert f"note: {note}" in error
 
 
-def test_resuming_a_finished_run_changes_nothing(run, trained, stubs):
-    """If all epochs are done, the log and both checkpoints stay byte for byte."""
+def test_resuming_a_finished_run_changes_nothing(run, trained, stubs, capsys):
+    """If all epochs are done, the log and both checkpoints stay byte for byte, and a message says
+    how to train longer instead of an empty table."""
     run.copy("one", "finished")
     results = run.resume("finished")
     assert stubs.seen == []
+    out = capsys.readouterr().out
+    assert "all of its 1 epochs; train longer with --resume --epochs 6" in out
+    assert "rsum     time" not in out
     for name in (BEST, LAST, "log.jsonl"):
         assert (results / name).read_bytes() == (trained / name).read_bytes()
 
@@ -741,8 +748,8 @@ def error_of(capsys, *argv: str) -> str:
 
 @pytest.mark.parametrize("argv, nearest", [
     (["--epoch", "3"], "--epochs"), (["--mirror-mean"], "--flip-tta"),
-    (["--no-mirror-mean"], "--no-flip-tta"), (["--recipe", "seed"], "baseline"),
-    (["--recipe", "stron"], "strong"), (["--lrr=1", "--epoch", "3"], "--lr, --epochs"),
+    (["--no-mirror-mean"], "--no-flip-tta"), (["--recipe", "seed"], "--recipe baseline"),
+    (["--recipe", "stron"], "--recipe strong"), (["--lrr=1", "--epoch", "3"], "--lr, --epochs"),
     (["--resume", "--mirror-mean"], "--flip-tta"),
 ], ids=str)
 def test_an_unknown_flag_is_an_error_with_the_nearest_one(capsys, argv, nearest):
@@ -759,6 +766,57 @@ def test_an_unknown_flag_without_a_near_one(capsys):
     with pytest.raises(SystemExit):
         Parser("a script without --flip-tta").parse_args(["--mirror-mean"])
     assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("script", "flag"), [("search.py", "--sheet"),
+                                              ("evaluate.py", "--mistakes")])
+def test_a_picture_is_a_png_file(monkeypatch, capsys, script, flag):
+    """A name with another extension is refused, since a PNG file would be written."""
+    status, error = run_program(monkeypatch, capsys, script, flag, "a.txt")
+    assert status == 2 and f"argument {flag}: a.txt must end in .png" in error
+
+
+def test_tensorboard_that_is_not_installed_is_one_message(run, stubs, monkeypatch):
+    """--tensorboard is refused before anything is decoded; the message has the command."""
+    monkeypatch.setattr("src.training.tensorboard.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run("no tensorboard", "--tensorboard")
+    assert stubs.seen == [] and not (run.folder / "no tensorboard").exists()
+
+
+def test_tensorboard_gets_each_step_and_epoch(run, straight, monkeypatch):
+    """The values of the log and the loss of each step, over the steps of the run; a run that is
+    killed and resumes hides what it wrote for the steps that it repeats."""
+    writers = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder.endswith("tensorboard")
+            self.values, self.purge_step = {}, purge_step
+            writers.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.values.setdefault(name, {})[step] = value
+
+        def flush(self):
+            pass
+
+    package = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    monkeypatch.setattr("src.training.tensorboard.find_spec", lambda name: package)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        interrupt(patch, 9, power_cut)  # in the second epoch
+        run("events", "--tensorboard", "--save-every", "0", epochs=2)
+    results = run.resume("events")
+    assert_same_run(results, straight)
+    log = read_log(results)
+    assert [writer.purge_step for writer in writers] == [1, log[0]["steps"] + 1]
+    for line, writer in zip(log, writers, strict=True):
+        assert writer.values["loss/epoch"] == {line["steps"]: line["loss"]}
+        assert writer.values["validation/rsum"] == {line["steps"]: line["metrics"]["rsum"]}
+        steps = writer.values["loss/step"]
+        assert list(steps) == list(range(line["steps"] - 5, line["steps"] + 1))
+        assert sum(steps.values()) / 6 == pytest.approx(line["loss"], rel=1e-6)
 
 
 # Clusters: restarts, file systems without locks, batches that cannot be trained on
@@ -891,8 +949,9 @@ def test_a_rank_without_a_launcher_is_one_message(monkeypatch, capsys, trained, 
 
 
 @pytest.fixture
-def check(tiny_data):
+def check(tiny_data, monkeypatch):
     """A function that runs main.py with further flags on new tiny data, and returns its status."""
+    monkeypatch.setattr("src.data.prepare.MIN_IMAGES", 2)  # no warning of few images
     images, annotations = tiny_data
 
     def run_main(*flags: str) -> int:
@@ -905,13 +964,13 @@ def test_sanity_check_of_good_data(check, capsys):
     """The exit status is 0, and the report has a line for each check."""
     assert check("--val-fraction", "0.25") == 0
     out = capsys.readouterr().out
-    for part in ("60 rows, table with |", "0 fixed, 0 rejected",
+    for part in ("60 rows, table with |", "0 caption rows repaired, 0 rejected",
                  "12 with captions (12 with 5); 0 missing, 0 files unused",
                  "by image, from seed and file names: train 9, val 3",
-                 "0 groups of byte-identical images", "% are cut to 32",
+                 "0 groups of byte-identical images in train", "% are cut to 32",
                  "words of the training captions",
                  "images (8, 3, 32, 32), tokens (8, 32) -> embeddings (8, 256), (8, 256)",
-                 "ln(8) = 2.079", "all is well"):
+                 "before training (guessing: about ln 8 = 2.08)", "all is well"):
         assert part in out
 
 
@@ -935,11 +994,11 @@ def break_data(kind: str, images: Path, annotations: Path) -> str:
     names = sorted(path.name for path in images.iterdir())
     if kind == "image missing":
         (images / names[3]).unlink()
-        return "1 images are missing from"
+        return "1 image missing from"
     if kind == "row rejected":
         with open(annotations, "a") as file:
             file.write("not a row\n")
-        return "1 caption rows were rejected"
+        return "1 caption row rejected"
     if kind == "image unreadable":
         for name in names:
             (images / name).write_bytes(b"not an image")
@@ -979,7 +1038,7 @@ def test_identical_images_in_two_splits_are_counted(check, tiny_data, capsys):
     for path in images:
         path.write_bytes(images[0].read_bytes())
     check("--val-fraction", "0.25")
-    assert "1 groups of byte-identical images are in train and elsewhere, such as 1000.png = " \
+    assert "1 group of byte-identical images in train and elsewhere, such as 1000.png = " \
         "1002.png = 1004.png and 3 more\n" in capsys.readouterr().out
 
 
@@ -1032,11 +1091,22 @@ def test_missing_data_is_one_message(monkeypatch, capsys, tmp_path, script):
 
 
 def test_missing_checkpoint_is_one_message(monkeypatch, capsys, tmp_path):
-    """Without a checkpoint the status is 2, and the message names its path."""
+    """Without a checkpoint the status is 2, and the message names its path and other models: that
+    of the repository, and that of the demo if there is one."""
     monkeypatch.chdir(tmp_path)
-    status, error = run_program(monkeypatch, capsys, "train_image_only.py")
-    assert status == 2
-    assert error == f"error: there is no file {Path('results') / BEST}\n"
+    for script in ("train_image_only.py", "evaluate.py"):
+        status, error = run_program(monkeypatch, capsys, script)
+        assert status == 2 and error.count("\n") == 1
+        assert error.startswith(f"error: there is no file {Path('results') / BEST}: train one with")
+        assert "--pretrained" in error and "--demo" not in error
+    status, error = run_program(monkeypatch, capsys, "evaluate.py", "--demo")
+    assert "train one with python train.py --demo, " in error
+    (tmp_path / "results" / "demo" / "models").mkdir(parents=True)
+    (tmp_path / "results" / "demo" / BEST).touch()
+    status, error = run_program(monkeypatch, capsys, "search.py", "red")
+    assert status == 2 and "use the model of the demo with --demo" in error
+    status, error = run_program(monkeypatch, capsys, "search.py", "red", "--results-dir", "other")
+    assert status == 2 and "--demo" not in error
 
 
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",

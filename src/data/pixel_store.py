@@ -25,7 +25,7 @@ from src.data.images import (
     load_resized,
     reader_version,
 )
-from src.utils.errors import UserError
+from src.utils.errors import UserError, counted
 from src.utils.files import exclusive_lock, open_no_link, sync_folder, write_atomic
 
 CHUNK = 512  # images between two journal writes; an interruption loses at most two chunks
@@ -102,7 +102,7 @@ class PixelStore:
                 rows[name] = entries[name]["row"] if name in entries else next_row
                 next_row = max(next_row, rows[name] + 1)
             needed = next_row * row_bytes
-            _check_disk(folder, data, needed, len(stale), size)
+            _check_disk(folder, data, needed, len(stale))
             try:
                 _decode_into(data, journal, images, rows, signatures, entries, size, workers)
             except OSError as error:
@@ -156,8 +156,8 @@ def _check_decoder(
            and entry.get("decoder") != (reader_version() if entry["error"] else DECODER)]
     if not old:
         return
-    print(f"an earlier version decoded {len(old):,} images: looking for color profiles and formats "
-          "that it did not know")
+    print(f"an earlier version decoded {counted(len(old), 'images')}: looking for color profiles "
+          "and formats that it did not know")
     for name in old:
         if not entries[name]["error"] and is_decoded_as_before(images / name):
             entries[name]["decoder"] = DECODER
@@ -166,12 +166,12 @@ def _check_decoder(
     write_atomic(journal, "".join(json.dumps(entry) + "\n" for entry in entries.values()).encode())
 
 
-def _check_disk(folder: Path, data: Path, needed: int, n_images: int, size: int) -> None:
+def _check_disk(folder: Path, data: Path, needed: int, n_images: int) -> None:
     """Print the size of the store; raise UserError if the disk does not have the space."""
     extra = max(0, needed - (data.stat().st_size if data.exists() else 0))
     free = shutil.disk_usage(folder).free
-    print(f"decoding {n_images:,} images once to {size}x{size}: {needed / 1e9:.2f} GB in {data} "
-          f"({extra / 1e9:.2f} GB more, {free / 1e9:.1f} GB free)")
+    print(f"decoding {counted(n_images, 'images')} once to {data}: {extra / 1e9:.2f} GB, "
+          f"{free / 1e9:.1f} GB free")
     if extra > free:
         raise UserError(
             f"the decoded images need {extra:,} more bytes in {folder}, where {free:,} are free: "
@@ -217,7 +217,8 @@ def _decode_into(
     waiting: deque[tuple[list[str], list[Future]]] = deque()
     try:
         with (open(journal, "a", encoding="utf-8") as log,
-              tqdm(total=len(rows), desc="decoding", unit="image") as bar):
+              tqdm(total=len(rows), desc="decoding", unit="image", leave=False,
+                   disable=None) as bar):
             for chunk in [*chunks, []]:  # one chunk ahead: no core idles during a flush
                 waiting.append((chunk, [pool.submit(decode, name) for name in chunk]))
                 if len(waiting) < 2:

@@ -13,16 +13,17 @@ from src.data.dataset import Flickr30kDataset
 from src.data.pixel_store import PixelStore, store_size
 from src.data.source import DataSource
 from src.utils.distributed import rank
-from src.utils.errors import UserError, printable
+from src.utils.errors import UserError, counted, printable
 from src.utils.files import write_atomic
 
 if TYPE_CHECKING:  # src/data does not depend on src/models
     from src.models.tokenizer import Tokenizer
 
 # Kinds of issues whose captions are used all the same: --strict accepts them.
-HARMLESS = {"caption rows fixed", "captions repeated", "captions without a known word",
+HARMLESS = {"caption rows repaired", "captions repeated", "captions without a known word",
             "images found by another name", "images in no split file"}
 MAX_UNKNOWN, MAX_CUT = 0.2, 0.01  # shares of words and of captions without a warning
+MIN_IMAGES = 50  # that recall is measured on, without a warning
 
 
 def prepare_datasets(
@@ -56,7 +57,7 @@ def prepare_datasets(
     datasets = [Flickr30kDataset(records, store, tokenizer) for records in splits]
     if rank() == 0:
         print(write_rejected(rejected, source, store, *datasets))
-        for warning in find_warnings(source, [dataset.captions for dataset in datasets], tokenizer):
+        for warning in find_warnings(source, [dataset.records for dataset in datasets], tokenizer):
             print(printable(f"warning: {warning}"), file=sys.stderr)
     if strict:
         check_strict(collect_issues(source, store))
@@ -64,16 +65,18 @@ def prepare_datasets(
 
 
 def find_warnings(
-    source: DataSource, captions: list[list[str]], tokenizer: Tokenizer
+    source: DataSource, splits: list[list[ImageRecord]], tokenizer: Tokenizer
 ) -> list[str]:
     """Return what is likely a mistake of the whole caption file or of the flags.
 
     Args:
         source: the captions and image files.
-        captions: those of each split that is used.
+        splits: the records of each split that is used; recall is measured on the last one.
         tokenizer: of the model.
     """
-    statistics = [tokenizer.word_statistics(of_split) for of_split in captions]
+    statistics = [tokenizer.word_statistics([caption for record in records
+                                             for caption in record.captions])
+                  for records in splits]
     warnings = list(source.annotations.warnings)
     unknown = max(words.unknown_share for words in statistics)
     if unknown > MAX_UNKNOWN:
@@ -85,6 +88,9 @@ def find_warnings(
         warnings.append(f"{cut:.0%} of the captions are cut to {tokenizer.context_length} "
                         f"{tokenizer.unit}, the longest has {longest}: --context-length {longest} "
                         f"keeps all {tokenizer.unit}")
+    if 0 < len(splits[-1]) < MIN_IMAGES:
+        warnings.append(f"recall over only {counted(len(splits[-1]), 'images')} moves in steps of "
+                        f"{100 / len(splits[-1]):.0f} points and says little: use more images")
     return warnings
 
 
@@ -102,7 +108,7 @@ def collect_issues(
     wordless = [(dataset, row) for dataset in datasets
                 for row in (~dataset.has_known_word).nonzero().flatten().tolist()]
     return {
-        "caption rows fixed": source.annotations.fixed,
+        "caption rows repaired": source.annotations.fixed,
         "captions repeated": source.annotations.repeated,
         "captions without a known word": [
             DataIssue(str(source.images), dataset.records[dataset.image_index[row]].name,
@@ -129,8 +135,8 @@ def write_rejected(
         table.writerows([kind, issue.where, issue.name, issue.reason, issue.text]
                         for issue in found)
     write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
-    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in issues.items() if found)
-    return (f"input: {source.annotations.rows:,} captions; "
+    counts = ", ".join(counted(len(found), kind) for kind, found in issues.items() if found)
+    return (f"input: {counted(source.annotations.rows, 'captions')}; "
             + (f"{counts}: {path}" if counts else "nothing rejected"))
 
 
@@ -142,7 +148,7 @@ def check_strict(issues: dict[str, list[DataIssue]]) -> None:
     """
     wrong = {kind: found for kind, found in issues.items() if found and kind not in HARMLESS}
     if wrong:
-        counts = ", ".join(f"{len(found):,} {kind}" for kind, found in wrong.items())
+        counts = ", ".join(counted(len(found), kind) for kind, found in wrong.items())
         first = next(iter(wrong.values()))[0]
         raise UserError(f"{counts}, and --strict allows none. The first: {first.where} "
                         f"{first.name}: {first.reason}", status=1)

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from src.data.caption_files import decode, split_of_file
 from src.data.captions import Annotations, DataIssue, ImageRecord, read_annotations
-from src.utils.errors import UserError
+from src.utils.errors import UserError, counted
+from src.utils.script import status
 
 
 @dataclass
@@ -110,8 +111,9 @@ def scan_dataset(
     if not images.is_dir():
         raise UserError(f"{images} is not an image folder")
     try:
-        read = read_annotations(paths, image_column, caption_columns, split_column,
-                                match_image_names=partial(match_image_names, images))
+        with status("reading the captions"):
+            read = read_annotations(paths, image_column, caption_columns, split_column,
+                                    match_image_names=partial(match_image_names, images))
         names = {record.name for record in read.records}
         present = _find_files(images, names)
     except OSError as error:
@@ -198,11 +200,11 @@ def _explain_no_images(
                 + (f". The first, {first.where}: {first.name!r} {first.text[:60]!r}"
                    if read.rejected else ""))
     example = min(present, default="")
-    return (f"{files} names {len(read.records):,} images, and none of them, such as "
+    return (f"{files} names {counted(len(read.records), 'images')}, and none of them, such as "
             f"{read.records[0].name}, is in {images}, which has "
-            + (f"{len(present):,} files, such as {example}" if present else "no files")
-            + (f"; {len(read.rejected):,} rows were rejected, the first: {read.rejected[0].reason}"
-               if read.rejected else ""))
+            + (f"{counted(len(present), 'files')}, such as {example}" if present else "no files")
+            + (f"; {counted(len(read.rejected), 'rows rejected')}, the first: "
+               f"{read.rejected[0].reason}" if read.rejected else ""))
 
 
 def apply_split_files(read: Annotations, paths: Sequence[Path]) -> list[DataIssue]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from src.data.images import write_image
 from src.utils.errors import UserError
@@ -276,6 +277,8 @@ def make_demo_dataset(folder: Path, n_images: int = 1000, seed: int = 0) -> None
         return [f"{name}| {number}| {text}\n" for number, text in enumerate(describe(scene, rng))]
 
     with ThreadPoolExecutor() as pool:  # most of the time is spent writing files
-        rows = [row for rows in pool.map(draw, range(n_images)) for row in rows]
+        drawn = tqdm(pool.map(draw, range(n_images)), desc="drawing the demo", total=n_images,
+                     unit="image", leave=False, disable=None)
+        rows = [row for rows in drawn for row in rows]
     header = "image_name| comment_number| comment\n"
     write_atomic(annotations, "".join([header, *rows]).encode())

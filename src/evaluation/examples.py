@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from src.data.dataset import Flickr30kDataset
 from src.evaluation.embed import embed_images, embed_tokens
 from src.evaluation.metrics import text_to_image_ranks
+from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import split_words
-from src.utils.plots import SheetRow, plot_contact_sheet
+from src.utils.paths import ResultPaths
+from src.utils.plots import SheetRow, plot_contact_sheet, rank_headings
 
 BLOCK = 1024  # captions that are ranked at a time
 
@@ -85,12 +88,12 @@ def plot_mistakes(
             others = {rank: image for rank, image in enumerate(mistake.top, start=1)
                       if image != own}
             rows[own] = SheetRow(
-                dataset.captions[mistake.caption],
+                as_prose(dataset.captions[mistake.caption]),
                 list(dataset.take_images(np.array([own, *others.values()])).numpy()),
-                [f"its image, rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
+                [f"rank {mistake.rank:,}", *(f"rank {rank}" for rank in others)],
                 correct=0,
             )
-    plot_contact_sheet(path, list(rows.values()))
+    plot_contact_sheet(path, list(rows.values()), headings=["caption", "its image", "ranked above"])
 
 
 def plot_examples(
@@ -107,11 +110,31 @@ def plot_examples(
     is_own = images == dataset.image_index[captions, None]
     plot_contact_sheet(path, [
         SheetRow(
-            dataset.captions[caption],
+            as_prose(dataset.captions[caption]),
             list(dataset.take_images(best.numpy()).numpy()),
             [f"{score:.2f}" for score in its_scores.tolist()],
             correct=int(own.int().argmax()) if own.any() else None,
         )
         for caption, its_scores, best, own in zip(captions.tolist(), scores, images, is_own,
                                                   strict=True)
-    ])
+    ], headings=rank_headings("caption", images.shape[1]))
+
+
+def report_best(results: ResultPaths, val_set: Flickr30kDataset, device: torch.device) -> None:
+    """Print the best epoch, and draw some of its answers; without validation, the last epoch."""
+    model, _, best = load_checkpoint(results.best)
+    if not len(val_set):
+        print(f"last epoch {best['epoch']}, without validation: {results.best}")
+        return
+    plot_examples(results.folder / "examples.png", model.to(device), val_set)
+    print(f"best epoch {best['epoch']}, rsum {best['metrics']['rsum']:.1f}: {results.best}")
+    print(f"captions and their top five images: {results.folder / 'examples.png'}")
+
+
+def as_prose(caption: str) -> str:
+    """Return a caption as it is printed: without blanks before its marks, and a capital letter.
+
+    The captions of Flickr30k are tokenized: 'A man 's hat , on a dog .'
+    """
+    text = re.sub(r"\s+([.,;:!?]|'s\b|n't\b)", r"\1", caption.strip())
+    return text[:1].upper() + text[1:]

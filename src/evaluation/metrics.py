@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from tqdm import tqdm
 
 RECALL_AT = (1, 5, 10)
 CACHED_ELEMENTS = 2**26  # similarities in memory at a time: 256 MB
@@ -73,7 +74,8 @@ def retrieval_ranks(
     lower_texts = torch.zeros(len(images), dtype=torch.int64, device=device)
     # Results of comparisons as floats: sums of booleans are four times as slow on a CPU.
     buffer = torch.empty(min(size, len(texts)) * min(size, len(images)), device=device)
-    for row in range(0, len(texts), size):
+    for row in tqdm(range(0, len(texts), size), desc="ranking", unit="block", delay=1, leave=False,
+                    disable=None):
         for column in range(0, len(images), size):
             rows, columns = slice(row, row + size), slice(column, column + size)
             tile = similarity(row, column)

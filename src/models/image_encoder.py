@@ -272,7 +272,8 @@ def _download(name: str) -> dict[str, torch.Tensor]:
         return load_tensors(cache / file)
     try:
         return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
+            url, map_location="cpu", check_hash=True, weights_only=True,
+            progress=sys.stderr.isatty(),
         )
     except (URLError, HTTPException, OSError, RuntimeError, EOFError) as error:
         raise UserError(

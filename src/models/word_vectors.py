@@ -56,8 +56,13 @@ def load_word_vectors(path: Path, known: set[str]) -> tuple[list[str], np.ndarra
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8", errors="replace") as file:
+    from tqdm import tqdm  # here: a search without new word vectors does not need it
+
+    with open(path, encoding="utf-8", errors="replace") as file, \
+            tqdm(desc="word vectors", total=path.stat().st_size, unit="B", unit_scale=True, delay=1,
+                 leave=False, disable=None) as bar:
         for number, line in enumerate(file):
+            bar.update(len(line))
             word, _, numbers = line.rstrip().partition(" ")
             if number or numbers.count(" "):  # fastText's first line is "N G"
                 yield word, numbers

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from src.utils.errors import UserError, printable
+from src.utils.errors import UserError, counted, printable
 
 
 def index_folder(indexes: Path, images: Path) -> Path:
@@ -15,6 +17,38 @@ def index_folder(indexes: Path, images: Path) -> Path:
     path = images.resolve()
     key = hashlib.sha256(str(path).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return indexes / f"{path.name}-{key}"
+
+
+@contextlib.contextmanager
+def remove_if_failed(indexes: Path) -> Iterator[None]:
+    """Remove the folders that the block creates in `indexes`, if it raises and they have no photos.
+
+    An index with photos, also an unfinished one, stays, and so do folders that were there before.
+    """
+    created = [path for path in (indexes, *indexes.parents) if not path.exists()]
+    before = set() if created else set(indexes.glob("*"))
+    try:
+        yield
+    except BaseException:
+        if created and not any(map(_holds_photos, indexes.rglob("index.json"))):
+            shutil.rmtree(indexes, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other files
+                for parent in created[1:]:
+                    parent.rmdir()
+        for path in set(indexes.glob("*")) - before:
+            if path.is_dir() and not _holds_photos(path / "index.json"):
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _holds_photos(file: Path) -> bool:
+    """Return whether the index in a file has photos, as far as it can be read."""
+    try:
+        return bool(json.loads(file.read_bytes())["names"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def list_indexes(indexes: Path) -> str:
@@ -29,7 +63,8 @@ def list_indexes(indexes: Path) -> str:
             owner, count = "damaged", 0
         size = sum(path.stat().st_size for path in file.parent.iterdir() if path.is_file())
         missing = " (not there now)" if owner.startswith("/") and not Path(owner).is_dir() else ""
-        lines.append(f"{file.parent}\n    {owner}{missing}: {count:,} photos, {size / 1e6:,.1f} MB")
+        lines.append(f"{file.parent}\n    {owner}{missing}: {counted(count, 'photos')}, "
+                     f"{size / 1e6:,.1f} MB")
     return printable("\n".join(lines) or f"there is no index in {indexes}")
 
 

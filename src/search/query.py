@@ -276,8 +276,10 @@ def embed_queries(table: WordTable | BertTexts, texts: list[str]) -> list[TextQu
         unknown = list(dict.fromkeys(
             word for word in [*words, *avoided] if word not in table.ids))
         if not set(words) - set(unknown):
+            near = {word: near_words(word, table.words[2:]) for word in unknown}
             raise UserError(f"no word of {text!r} is known to the model"
-                            + "".join(f"; {hint}" for hint in spelling_hints(unknown, table))
+                            + "".join(f"; near {word!r}: {', '.join(words)}"
+                                      for word, words in near.items() if words)
                             + ("; words to avoid need a word to search for" if avoided else ""))
         parts = table.vectors[[table.ids.get(word, Tokenizer.unk_id) for word in words]]  # (W, D)
         if avoided:  # an unknown word to avoid changes nothing

@@ -26,8 +26,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.search.index import DECODER, THUMBNAIL_BYTES, ImageIndex
-from src.utils.errors import SHOWN_NAMES, UserError, printable, shorten
+from src.utils.errors import (
+    MAX_LINES,
+    SHOWN_NAMES,
+    UserError,
+    counted,
+    printable,
+    shorten,
+    shorten_lines,
+)
 from src.utils.files import content_digest, exclusive_lock
+from src.utils.script import status
 
 if TYPE_CHECKING:  # with an index that is up to date no model is needed, and no torch
     from src.models.dual_encoder import DualEncoder
@@ -217,7 +226,8 @@ def update_index(
     """
     try:
         with _lock(folder) as writable:
-            scan = find_images(images, exclude, follow_links)
+            with status(f"looking for photos in {printable(str(images))}"):
+                scan = find_images(images, exclude, follow_links)
             index = ImageIndex.load(folder, checkpoint, dim)
             if not writable and not index.names:
                 raise UserError(f"cannot keep the index in {folder}: it is read-only; choose "
@@ -313,8 +323,8 @@ def _update(
     counts = {"read again" if reusable else "embedded": n_new,
               "known by their content": len(moved), "removed": n_removed}
     if any(counts.values()):
-        print("index: " + ", ".join(f"{n:,} photos {what}" for what, n in counts.items() if n),
-              file=sys.stderr)
+        print("index: " + ", ".join(
+            counted(n, f"photos {what}") for what, n in counts.items() if n), file=sys.stderr)
     return updated
 
 
@@ -357,8 +367,11 @@ def _find_content(
         except OSError:  # reported when it is decoded
             return ""
 
+    from tqdm import tqdm
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = zip(names, pool.map(digest, names), strict=True)
+        digests = zip(names, tqdm(pool.map(digest, names), desc="comparing", total=len(names),
+                                  unit="photo", delay=1, leave=False, disable=None), strict=True)
         return {name: rows[digest] for name, digest in digests if digest in rows}
 
 
@@ -397,22 +410,25 @@ def report(scan: Scan, index: ImageIndex, folder: Path) -> None:
         by_reason = defaultdict(list)
         for name, reason in sorted(reasons.items()):
             by_reason[reason].append(name)
-        if reasons:
-            print(f"{len(reasons):,} {title}:", file=sys.stderr)
-        for reason, names in by_reason.items():
-            print(printable(f"  {shorten(names)}: {reason}".replace("\n", " ")), file=sys.stderr)
-        if any(len(names) > SHOWN_NAMES for names in by_reason.values()) and index.failed:
+        if not reasons:
+            return
+        lines = [f"{shorten(names)}: {printable(reason)}".replace("\n", " ")
+                 for reason, names in by_reason.items()]
+        print(f"{title}: {counted(len(reasons), 'files')}", *shorten_lines(lines), sep="\n  ",
+              file=sys.stderr)
+        is_short = len(lines) <= MAX_LINES and max(map(len, by_reason.values())) <= SHOWN_NAMES
+        if not is_short and index.failed:
             print(f"  all names are in {folder / 'index.json'}", file=sys.stderr)
 
     failed = {name: entry[0] for name, entry in index.failed.items()}
-    print_reasons("files cannot be read and are not searched", scan.unusable | failed)
-    print_reasons("files are damaged and searched in part", index.notes)
+    print_reasons("not searched", scan.unusable | failed)
+    print_reasons("damaged, and searched in part", index.notes)
     if scan.excluded:
         print(printable(f"excluded: {shorten(sorted(scan.excluded))}"), file=sys.stderr)
     if scan.others:
         counts = ", ".join(f"{n:,} {suffix}" for suffix, n in scan.others.most_common(6))
         more = ", …" if len(scan.others) > 6 else ""
-        print(printable(f"not images: {scan.others.total():,} files ({counts}{more})"),
+        print(printable(f"not images: {counted(scan.others.total(), 'files')} ({counts}{more})"),
               file=sys.stderr)
 
 
@@ -496,7 +512,7 @@ def _embedded(
     batches = [names[i : i + step] for i in range(0, len(names), step)]
     own = [[batch[i] for i in split_evenly(len(batch))[rank()]] for batch in batches]
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-            total=len(names), desc="indexing", unit="photo",
+            total=len(names), desc="indexing", unit="photo", leave=False,
             disable=None if rank() == 0 else True) as bar:
         ahead = pool.map(decode, own[0])
         for batch, following in zip(own, [*own[1:], []], strict=True):

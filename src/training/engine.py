@@ -107,7 +107,8 @@ def train_one_epoch(
     start, last_check = time.perf_counter() - progress.seconds, 0.0
     waited_before = progress.wait_seconds
     with tqdm(loader, total=len(batches), initial=progress.step, desc=f"epoch {epoch}",
-              unit="step", disable=None if rank() == 0 else True, file=sys.stderr) as bar:
+              unit="step", leave=False, disable=None if rank() == 0 else True,
+              file=sys.stderr) as bar:
         for batch in bar:
             # The key makes a step a function of its number, so a resumed run draws the same numbers
             # without a saved generator state.

@@ -163,7 +163,7 @@ def _compute(
         done = np.load(path)
         features[: len(done)], start = done, len(done)
     with tqdm(total=count, initial=start, desc="features", unit=inputs.unit, file=sys.stderr,
-              disable=None if rank() == 0 else True) as bar:
+              leave=False, disable=None if rank() == 0 else True) as bar:
         while start < count:
             indices = inputs.indices(start)
             batch = inputs.take(indices).to(device)

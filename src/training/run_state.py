@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from src.models.dual_encoder import DualEncoder
 from src.models.tokenizer import Tokenizer
 from src.training.engine import Progress
 from src.training.optim import MovingAverage
+from src.training.tensorboard import TensorBoardLog
 from src.utils.distributed import any_rank, rank, world_size
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
@@ -34,7 +34,7 @@ from src.utils.tensors import load_tensors
 
 # Flags that a resumed run may change without a note: they do not change what is computed.
 UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
-              "save_every", "resume", "strict")
+              "save_every", "resume", "strict", "tensorboard")
 # Flags that it may change with a note: the run's length, and what can stop it diverging.
 CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "text_encoder_lr", "weight_decay", "chunk_size",
               "compile", "cuda_graph")
@@ -56,7 +56,7 @@ class RunState:
         self, model: DualEncoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler, *, results: ResultPaths, flags: dict[str, Any],
         data: dict[str, str], ema_decay: float = 0.0, save_minutes: float = 10.0,
-        stop_request: StopRequest | None = None,
+        stop_request: StopRequest | None = None, tensorboard: bool = False,
     ) -> None:
         """Start a run.
 
@@ -68,6 +68,7 @@ class RunState:
             ema_decay: decay of an exponential moving average of the weights, 0 for none.
             save_minutes: how often to save within an epoch.
             stop_request: set by a signal that asks the run to stop.
+            tensorboard: also write the log for TensorBoard.
         """
         self.model, self.tokenizer = model, tokenizer
         self.optimizer, self.scaler = optimizer, scaler
@@ -78,6 +79,8 @@ class RunState:
         self._save_seconds, self._saved = 60 * save_minutes, time.monotonic()
         self._stop_request = stop_request or StopRequest()
         self._average = MovingAverage(model, ema_decay) if ema_decay else None
+        write_events = tensorboard and rank() == 0
+        self._tensorboard = TensorBoardLog(results.folder / "tensorboard") if write_events else None
 
     @property
     def eval_model(self) -> DualEncoder:
@@ -103,6 +106,9 @@ class RunState:
             self.restore(resumed.content, self.results.last)
             step = f" and {self.progress.step} steps" if self.progress else ""
             print(f"resumed after epoch {len(self.log)}{step}")
+            if len(self.log) >= self.flags["epochs"]:
+                print(f"it has all of its {self.flags['epochs']} epochs; train longer with "
+                      f"--resume --epochs {len(self.log) + 5}")
         if rank() == 0:
             if not resumed:
                 self.results.archive_last_run()
@@ -143,6 +149,8 @@ class RunState:
                      "wait_share": progress.wait_seconds / seconds,
                      "validation_seconds": validation_seconds},
         })
+        if self._tensorboard:
+            self._tensorboard.add_epoch(self.log[-1], progress.losses[: progress.step])
         self.progress = None
         if rank() == 0:
             if is_best:
@@ -176,20 +184,15 @@ class RunState:
             )
         self._saved = time.monotonic()
 
-    def report_stop(self, demo: bool, results_dir: str | Path | None) -> int:
-        """Print how to continue the run that was asked to stop. Returns the signal's exit status.
+    def report_stop(self, command: str) -> int:
+        """Print that the run was stopped, and the command that continues it.
 
-        Args:
-            demo, results_dir: the flags with which train.py finds the run.
+        Returns:
+            The exit status of a process that the signal ended.
         """
-        n_ranks = world_size()
-        launcher = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
-        place = " --demo" if demo else ""
-        place += f" --results-dir {shlex.quote(str(results_dir))}" if results_dir else ""
         if rank() == 0:
             print(f"stopped after step {self.progress.step} of epoch {len(self.log) + 1}, and "
-                  f"saved; continue with\n    {launcher} train.py --resume{place}",
-                  file=sys.stderr)
+                  f"saved; continue with\n    {command}", file=sys.stderr)
         return 128 + (self._stop_request.signal or Signals.SIGTERM)  # another rank got the signal
 
     def _save_best(self) -> None:

@@ -1,12 +1,12 @@
-"""The exception for mistakes of the user, and how a script reports it."""
+"""The exception for mistakes of the user, and the texts of messages."""
 
 from __future__ import annotations
 
-import os
+import re
 import sys
-from collections.abc import Callable
 
 SHOWN_NAMES = 3  # names in a message that counts more
+MAX_LINES = 10  # of a list that is printed
 
 
 class UserError(Exception):
@@ -26,31 +26,6 @@ def print_error(error: UserError) -> None:
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
-def run_script(main: Callable[[], int]) -> None:
-    """Run the main function of a script and exit with the status that it returns.
-
-    A UserError is printed as one message, without a traceback, and gives its own status; Ctrl-C
-    gives 130. Characters that the encoding of standard output lacks are escaped.
-    """
-    if sys.stdout is None:  # closed by the shell, as in >&-
-        print("note: standard output is closed", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        status = main()
-        sys.stdout.flush()
-    except UserError as error:
-        print_error(error)
-        status = error.status
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of the output has exited, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    sys.exit(status)
-
-
 def printable(text: str) -> str:
     """Escape all characters of `text` that could control a terminal, except newlines.
 
@@ -66,3 +41,19 @@ def shorten(names: list[str], separator: str = ", ") -> str:
     """Return the first names of a list as text, and how many more there are."""
     more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
     return printable(separator.join(names[:SHOWN_NAMES])) + more
+
+
+def shorten_lines(lines: list[str]) -> list[str]:
+    """Return the first lines of a list, and a line that says how many more there are."""
+    more = len(lines) - MAX_LINES
+    return lines if more <= 0 else [*lines[:MAX_LINES], f"and {more:,} more"]
+
+
+def counted(number: int, things: str) -> str:
+    """Return '2 photos embedded' or '1 photo embedded': the first plural s is dropped for one.
+
+    Args:
+        number: of the things.
+        things: begins with a noun in the plural.
+    """
+    return f"{number:,} " + (re.sub(r"s\b", "", things, count=1) if number == 1 else things)

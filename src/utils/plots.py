@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from src.utils.files import write_atomic
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+HAIRLINE = "#c3cad2"
+QUERY_WIDTH = 1.6  # of a text in a contact sheet, in widths of an image
 BLUE, ORANGE, GREEN = "#2f6fde", "#e8743b", "#2a9d62"
 
 
@@ -99,13 +102,22 @@ class SheetRow:
     correct: int | None = None
 
 
-def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> None:
-    """Draw each query with its images in a row, the correct one framed, as a PNG file."""
+def plot_contact_sheet(
+    path: Path, rows: list[SheetRow], title: str = "", headings: Sequence[str] = ()
+) -> None:
+    """Draw each query with its images in a row, the correct one framed, as a PNG file.
+
+    Args:
+        path: the file.
+        rows: from the top.
+        title: of the sheet.
+        headings: of the column of queries and of the columns of images; may be fewer.
+    """
     columns = max(len(row.images) for row in rows)
-    figure = Figure(figsize=(3.0 + 1.75 * columns, 2.05 * len(rows) + (0.5 if title else 0.1)),
-                    layout="constrained")
+    top = (0.5 if title else 0.1) + (0.25 if headings else 0)
+    figure = Figure(figsize=(3.0 + 1.75 * columns, 2.05 * len(rows) + top), layout="constrained")
     grid = figure.subplots(len(rows), columns + 1, squeeze=False,
-                           width_ratios=[1.6] + [1] * columns)
+                           width_ratios=[QUERY_WIDTH] + [1] * columns)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -114,6 +126,7 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
         if isinstance(row.query, str):
             axes[0].text(0.0, 0.5, _wrap(row.query), va="center", ha="left", color=INK,
                          fontsize=11, transform=axes[0].transAxes, parse_math=False)
+            axes[0].set_box_aspect(1 / QUERY_WIDTH)  # as high as a square image
         else:
             axes[0].imshow(row.query)
         for i, (image, label) in enumerate(zip(row.images, row.labels, strict=True)):
@@ -121,9 +134,11 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
             cell.imshow(image)
             cell.set_xlabel(_drawable(label), fontsize=8, color=MUTED, parse_math=False)
             # White images need a frame on the white sheet.
-            cell.spines[:].set(visible=True, color=GRID, linewidth=1)
+            cell.spines[:].set(visible=True, color=HAIRLINE, linewidth=0.5)
             if i == row.correct:
                 cell.spines[:].set(color=GREEN, linewidth=4)
+    for axes, heading in zip(grid[0], headings, strict=False):
+        axes.set_title(heading, loc="left", fontsize=9, color=MUTED, parse_math=False)
     if title:
         figure.suptitle(_drawable(title), x=0.01, ha="left", color=INK, fontsize=12,
                         parse_math=False)
@@ -133,6 +148,13 @@ def plot_contact_sheet(path: Path, rows: list[SheetRow], title: str = "") -> Non
 def _wrap(text: str, width: int = 26, lines: int = 6) -> str:
     """Break a text into lines that fit a cell."""
     return "\n".join(textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …"))
+
+
+def rank_headings(first: str, count: int) -> list[str]:
+    """Return the headings of a column of queries and of `count` columns of images, by rank."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return [first, *(f"{i}{'th' if 10 < i % 100 < 14 else endings.get(i % 10, 'th')}"
+                     for i in range(1, count + 1))]
 
 
 def _drawable(text: str) -> str:

@@ -16,14 +16,21 @@ import pytest
 import evaluate
 import main as main_script
 import train
-from src.data.captions import Annotations, DataIssue
+from src.data.captions import Annotations, DataIssue, ImageRecord
 from src.data.dataset import Flickr30kDataset
 from src.data.images import load_resized
 from src.data.pixel_store import PixelStore
-from src.data.prepare import HARMLESS, check_strict, collect_issues, write_rejected
+from src.data.prepare import (
+    HARMLESS,
+    check_strict,
+    collect_issues,
+    find_warnings,
+    write_rejected,
+)
 from src.data.source import DataSource, scan_dataset
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import UserError, printable, run_script
+from src.utils.errors import UserError, counted, printable
+from src.utils.script import run_script
 from tests.stress.bad_input import (
     BAD_NAMES,
     READ,
@@ -109,10 +116,10 @@ def test_the_report_names_each(odd: OddData, tmp_path: Path) -> None:
         kind: len(found) for kind, found in issues.items() if found}
     assert all(row["where"] and row["reason"] for row in rows)
     assert [row["name"] for row in rows if row["kind"] == UNREADABLE] == list(odd.store.failed)
-    assert len(issues["captions repeated"]) == 1 and issues["caption rows fixed"]
+    assert len(issues["captions repeated"]) == 1 and issues["caption rows repaired"]
     assert {r.text for r in issues["captions without a known word"]} >= {"...", "qqqq zzzz"}
     for kind, found in issues.items():
-        assert not found or f"{len(found):,} {kind}" in line
+        assert not found or counted(len(found), kind) in line
     assert "\n" not in line and str(path) in line
 
 
@@ -150,18 +157,19 @@ def flags(odd: OddData, tmp_path: Path) -> list[str]:
 def test_main_names_what_is_wrong(
     odd: OddData, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Exit status 1 and each kind with its count; with --strict every unreadable image too; and no
-    name controls the terminal."""
+    """Exit status 1 and each kind with its count; with --strict unreadable images too, ten lines at
+    most; and no name controls the terminal."""
     assert main_script.main(flags(odd, tmp_path)) == 1
     out = capsys.readouterr().out
     read = odd.source.annotations
-    assert f"{len(read.rejected)} caption rows were rejected" in out
-    assert f"{len(odd.source.missing)} images are missing" in out
+    assert f"{len(read.rejected)} caption rows rejected" in out
+    assert f"{len(odd.source.missing)} images missing from" in out
     assert main_script.main([*flags(odd, tmp_path), "--strict"]) == 1
     strict = capsys.readouterr().out
     assert f"{len(odd.store.rows)} of {len(odd.names)} images can be read" in strict
-    for name in odd.store.failed:
-        assert name in strict
+    wrong = strict.split("\nwrong:\n")[1].split("\nwarnings:")[0].splitlines()
+    assert len(wrong) == 12 and wrong[10].startswith("  and ") and "rejected.csv" in wrong[11]
+    assert any(name in line for name in odd.store.failed for line in wrong[:10])
     assert all(c.isprintable() or c == "\n" for c in out + strict)
 
 
@@ -242,7 +250,7 @@ def test_the_data_flags_of_training_are_the_defaults_of_evaluation(
         "--caption-column", "alt", "--split-files", *(str(tmp_path / name) for name in lists)]) == 0
     out = capsys.readouterr().out
     assert "train: 7 images" in out and "validation: 4 images" in out
-    assert "1 images in no split file" in out
+    assert "1 image in no split file" in out
     results = ["--results-dir", str(tmp_path / "results"), "--device", "cpu"]
     assert evaluate.main(results) == 0
     assert "val: 4 images, 4 captions" in capsys.readouterr().out
@@ -258,9 +266,11 @@ def test_the_data_flags_of_training_are_the_defaults_of_evaluation(
     ("{0}.png", [], "look like file names"), ("a dog", [], ""),
 ])
 def test_warnings(
-    tmp_path: Path, capsys: pytest.CaptureFixture, caption: str, flags_: list[str], warning: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, caption: str,
+    flags_: list[str], warning: str,
 ) -> None:
     """main.py and train.py warn of unknown words, cut captions and file names for captions."""
+    monkeypatch.setattr("src.data.prepare.MIN_IMAGES", 4)  # no warning of few images
     rows = [f"{i}.png,{caption.format(i)}" for i in range(12)]
     data = [*write_dataset(tmp_path, rows, "image,caption"), "--val-fraction", "0.3"]
     main_script.main([*data, *flags_, "--image-size", "32"])
@@ -269,6 +279,17 @@ def test_warnings(
     assert train.main([*data, *flags_, *SMALL_MODEL, "--min-freq", "2"]) == 0
     err = capsys.readouterr().err
     assert (f"warning: {warning}" in err or warning in err) and bool(warning) == ("warning" in err)
+
+
+@pytest.mark.parametrize(("n_images", "expected"), [
+    (0, ""), (4, "only 4 images moves in steps of 25 points"), (1, "only 1 image moves"),
+    (49, "only 49 images"), (50, "")])
+def test_few_images_are_a_warning(n_images: int, expected: str) -> None:
+    """Recall over few images is coarse; without validation images there is no recall."""
+    records = [ImageRecord(f"{i}.jpg", ("a dog",)) for i in range(n_images)]
+    warnings = find_warnings(source_with_issues(), [records[:2], records],
+                             Tokenizer.from_captions(["a dog"], 1, 8))
+    assert [expected in warning for warning in warnings] == ([True] if expected else [])
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
@@ -312,7 +333,8 @@ def test_printable_text_controls_no_terminal(text: str) -> None:
 
 def run(code: str, *pipe: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a line under run_script, with a closed output if `pipe` is given."""
-    script = f"from src.utils.errors import *\ndef main():\n    {code}\nrun_script(main)"
+    script = ("from src.utils.errors import *\nfrom src.utils.script import run_script\n"
+              f"def main():\n    {code}\nrun_script(main)")
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
                           env={**os.environ, **environment}) as process:
@@ -374,7 +396,7 @@ def test_rejected_csv_has_a_row_per_issue(tmp_path):
         rows = list(csv.reader(file))
     assert rows == [
         ["kind", "where", "name", "reason", "text"],
-        ["caption rows fixed", "line 4", "a.jpg", "the second | was missing",
+        ["caption rows repaired", "line 4", "a.jpg", "the second | was missing",
          "a.jpg| 4   A dog"],
         ["caption rows rejected", "line 7", "b.jpg", "empty caption", ""],
         ["caption rows rejected", "line 9", "", "not a row",
@@ -382,8 +404,8 @@ def test_rejected_csv_has_a_row_per_issue(tmp_path):
         ["images missing", "images", "gone.jpg", "no such image", ""],
         ["images unreadable", "images", "bad.jpg", "truncated", ""],
     ]
-    for part in ("1,234 captions", "1 caption rows fixed", "2 caption rows rejected",
-                 "1 images missing", "1 images unreadable", str(path)):
+    for part in ("1,234 captions", "1 caption row repaired", "2 caption rows rejected",
+                 "1 image missing", "1 image unreadable", str(path)):
         assert part in summary
 
 

@@ -248,7 +248,7 @@ def test_finding_images_only_adds(tmp_path: Path) -> None:
     ("image,caption\n../a.jpg,a dog\n../b.jpg,a cat", ["2 x", "leads out", "line 2", "'../a.jpg'"]),
     ('raw,split,filename\n"[""a dog""]",holiday,a.jpg', ["unknown split 'holiday'"]),
     ("image,caption\na.jpg,\na.jpg, ", ["2 x empty caption"]),
-    ("image,caption\nx.jpg,a dog", ["1 images", "x.jpg", "1 files, such as a.jpg"]),
+    ("image,caption\nx.jpg,a dog", ["names 1 image, and", "x.jpg", "1 file, such as a.jpg"]),
     ("image,caption\n", ["no rows"]),
 ])
 def test_no_image_is_explained(tmp_path: Path, text: str, reasons: list[str]) -> None:

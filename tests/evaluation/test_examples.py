@@ -11,7 +11,7 @@ from src.data.images import load_image
 from src.data.pixel_store import PixelStore
 from src.evaluation import examples
 from src.evaluation.embed import embed_images, embed_tokens
-from src.evaluation.examples import find_mistakes, plot_examples, plot_mistakes
+from src.evaluation.examples import as_prose, find_mistakes, plot_examples, plot_mistakes
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer, split_words
 from src.utils.runtime import seed_all
@@ -94,3 +94,12 @@ def test_the_sheet_of_examples_fits_a_small_split(model, tmp_path, n_images):
     columns = min(5, n_images)
     assert width / height == pytest.approx((3.0 + 1.75 * columns) / (2.05 * 6 + 0.1), rel=0.02)
     assert (sheet == GREEN).all(-1).any()
+
+
+@pytest.mark.parametrize(("caption", "prose"), [
+    ("a man 's hat , on a dog .", "A man's hat, on a dog."), ("Two dogs", "Two dogs"), ("", ""),
+    ("do n't ! ", "Don't!"), ("a 3.5 m wall", "A 3.5 m wall"),
+])
+def test_captions_are_drawn_as_prose(caption: str, prose: str) -> None:
+    """No blanks before punctuation marks, and a capital letter first."""
+    assert as_prose(caption) == prose

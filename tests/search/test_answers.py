@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import urllib.parse
 from pathlib import Path
 
@@ -228,17 +230,122 @@ def test_a_text_after_images_is_a_query(
         search.main([*others, "red", "--images", folder, str(tmp_path / "missing")])
 
 
-def test_unquoted_words_are_explained(flags: list[str], capsys: pytest.CaptureFixture) -> None:
-    """Several words without quotes are queries of their own, and a note says so; a word to avoid
-    without quotes looks like a flag."""
-    search.main(["red", "circle", *flags])
-    assert "note: 2 queries; put quotes around words" in capsys.readouterr().err
-    search.main(["red circle", *flags])
-    assert "put quotes" not in capsys.readouterr().err
+def test_words_without_quotes_are_one_query(
+    flags: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """Texts of one word each are one query; of texts with several words each is a query. A word to
+    avoid without quotes looks like a flag, and a minus sign that stands alone is noted."""
+    words, text = ask(capsys, "red", "circle", *flags), ask(capsys, "red circle", *flags)
+    assert len(words) == 1 and words == text
+    both = ask(capsys, "red circle", "blue", *flags)
+    assert [answer["query"] for answer in both] == ["red circle", "blue"]
+    search.main(["beach - people", *flags])
+    assert "-people without a space subtracts" in capsys.readouterr().err
+    search.main(["beach -people", *flags])
+    assert "subtracts" not in capsys.readouterr().err
     with pytest.raises(SystemExit):
         search.main(["beach", "-people", *flags])
     assert 'quote a word to avoid together with the others: "beach -people"' in \
         capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "reason"), [
+    (["zebra"], "no word of"), (["red", "--images", "missing"], "no folder of photos"),
+    (["red", "--images", "empty"], "no readable image"),
+    (["red", "--word-vectors", "missing.vec"], "no file"),
+])
+def test_a_failed_search_leaves_no_folder(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], reason: str
+) -> None:
+    """What it created is removed, in a results folder and for --index-dir; what was there before
+    stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    checkpoint = ["--checkpoint", str(results / "models" / "flickr30k_clip_best.pth"),
+                  "--device", "cpu"]
+    argv = argv if "--images" in argv else [*argv, "--images", "empty"]
+    for place in (["--results-dir", "new/results"], ["--index-dir", "new/index"],
+                  ["--index-dir", "old/index"]):
+        with pytest.raises(UserError, match=reason):
+            search.main([*argv, *checkpoint, *place])
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "old"]
+
+
+def test_a_failed_search_keeps_the_indexes(
+    flags: list[str], results: Path, images: Path, tmp_path: Path
+) -> None:
+    """A later search that fails removes its own folder, and no index of another folder."""
+    shutil.copytree(results, tmp_path / "results")
+    place = ["--results-dir", str(tmp_path / "results"), "--device", "cpu"]
+    search.main(["red", *place, "--images", str(images)])
+    before = sorted((tmp_path / "results").rglob("*"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no readable image"):
+        search.main(["red", *place, "--images", str(tmp_path / "empty")])
+    assert sorted((tmp_path / "results").rglob("*")) == before
+
+
+def test_a_text_without_a_known_word_is_said_once(flags: list[str]) -> None:
+    """The message has the text and, if there are any, similar words."""
+    with pytest.raises(UserError) as raised:
+        search.main(["peple zebra", *flags])
+    assert str(raised.value) == (
+        "no word of 'peple zebra' is known to the model; near 'peple': people")
+
+
+def test_the_page_is_printed_as_an_address(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The address opens the page from disk, also for a folder with a blank in its name."""
+    page = tmp_path / "a page"
+    search.main(["--page", str(page), *flags])
+    assert f"searches 6 photos: {(page / 'index.html').as_uri()}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "opened"), [([], True), (["--no-browser"], False)])
+def test_serve_opens_the_browser(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str],
+    opened: bool,
+) -> None:
+    """Once the page is served, the browser of a screen gets its address; --no-browser opens none.
+    The message for a port that is in use has a command for another one."""
+    addresses = []
+    asked = threading.Event()
+
+    def open_address(address: str) -> None:
+        addresses.append(address)
+        asked.set()
+
+    monkeypatch.setattr("webbrowser.open", open_address)
+    monkeypatch.setattr(search, "has_browser", lambda: True)
+    monkeypatch.setattr("src.search.page_server.serve_page", lambda folder, port: (
+        asked.wait(60) if opened else None))
+    argv = ["--page", str(tmp_path / "page"), *flags, *more]
+    search.main([*argv, "--serve", "8123"])
+    assert addresses == (["http://127.0.0.1:8123/"] if opened else [])
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .*such as --serve {port + 1}"):
+            search.main([*argv, "--serve", str(port)])
+
+
+@pytest.mark.parametrize(("environment", "is_terminal", "expected"), [
+    ({"DISPLAY": ":0"}, True, True), ({"WAYLAND_DISPLAY": "w"}, True, True), ({}, True, False),
+    ({"DISPLAY": ":0"}, False, False), ({"DISPLAY": ":0", "SSH_CONNECTION": "x"}, True, False),
+])
+def test_a_browser_needs_a_screen(
+    monkeypatch: pytest.MonkeyPatch, environment: dict, is_terminal: bool, expected: bool
+) -> None:
+    """Not over SSH, not from a script, and not without a display."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert search.has_browser() == expected
 
 
 # ---- Queries and output --------------------------------------------------------------------------

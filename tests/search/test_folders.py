@@ -24,7 +24,9 @@ from src.search.update_index import (
     OTHER_SUFFIXES,
     RAW_SUFFIXES,
     SUFFIXES,
+    Scan,
     find_images,
+    report,
     update_index,
 )
 from src.utils.errors import UserError
@@ -129,7 +131,7 @@ def test_what_is_not_searched_is_named(
     src.data.images._register_heif.cache_clear()
     assert "1.heic: HEIC images need another package: pip install pillow-heif" in printed
     assert "2.jxl: JPEG XL images are not supported" in printed
-    assert "5 files cannot be read" in printed and "3.NEF: camera RAW files (.nef)" in printed
+    assert "not searched: 5 files\n" in printed and "3.NEF: camera RAW files (.nef)" in printed
     assert "not images: 4 files (2 .mov, 1 no extension, 1 .json)" in printed.replace(
         "1 .json, 1 no extension", "1 no extension, 1 .json")
 
@@ -137,12 +139,19 @@ def test_what_is_not_searched_is_named(
 def test_many_failures_take_few_lines(
     tmp_path: Path, images: Path, model: DualEncoder, capsys: pytest.CaptureFixture
 ) -> None:
-    """A reason is printed once, with the first names and the number of the others."""
+    """A reason is printed once, with the first names and the number of the others; of many
+    reasons ten are printed, and the number of the others."""
     for i in range(20):
         (images / f"{i:02}.jpg").write_text("text")
     update(tmp_path, images, model)
     assert "  00.jpg, 01.jpg, 02.jpg and 17 more: not an image in a known format\n" in (
         capsys.readouterr().err)
+    report(Scan(unusable={f"{i:04}.jpg": f"reason {i}" for i in range(1000)}),
+           ImageIndex("", failed={"x": ["reason 0", [0, 0], ""]}), tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "not searched: 1,001 files" and lines[1] == "  0000.jpg, x: reason 0"
+    assert lines[10] == "  0009.jpg: reason 9" and lines[11] == "  and 990 more"
+    assert lines[12:] == [f"  all names are in {tmp_path / 'index.json'}"]
 
 
 @needs_cases

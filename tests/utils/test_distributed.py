@@ -181,7 +181,7 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
 SEARCH = """
 import sys
 import search, src.search.update_index, src.utils.runtime
-from src.utils.errors import run_script
+from src.utils.script import run_script
 src.utils.runtime.cpu_has_bfloat16 = lambda: False
 src.search.update_index.BATCH_SIZE = int(sys.argv.pop(1))
 src.search.update_index.SAVE_SECONDS = float(sys.argv.pop(1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from src.data.images import load_image
-from src.utils.plots import SheetRow, plot_contact_sheet, plot_curves
+from src.utils.plots import SheetRow, plot_contact_sheet, plot_curves, rank_headings
 from tests.tiny_data import log_line, make_metrics
 
 BLUE, ORANGE, GREEN = (47, 111, 222), (232, 116, 59), (42, 157, 98)
@@ -116,3 +116,20 @@ def test_dollar_signs_are_not_parsed_as_a_formula(tmp_path):
         plot_contact_sheet(tmp_path / "sheet.png", [SheetRow(text, images(1), ["a"])])
         dark.append((decode(tmp_path / "sheet.png") < 100).all(-1).sum())
     assert dark[1] > dark[0]
+
+
+def test_headings_are_above_the_first_row(tmp_path):
+    """The sheet is higher by a line of headings, and the rest of it is the same."""
+    heights = {}
+    for headings in ([], rank_headings("query", 2)):
+        plot_contact_sheet(tmp_path / "sheet.png", [SheetRow("a", images(2), ["", ""])] * 2,
+                           headings=headings)
+        heights[len(headings)] = decode(tmp_path / "sheet.png").shape[0]
+    assert 20 < heights[3] - heights[0] < 50
+
+
+def test_ranks_as_headings():
+    """1st to 5th, and the endings of larger numbers."""
+    assert rank_headings("query", 5) == ["query", "1st", "2nd", "3rd", "4th", "5th"]
+    assert [rank_headings("", 122)[i] for i in (11, 12, 13, 21, 22, 23, 101, 111, 122)] == [
+        "11th", "12th", "13th", "21st", "22nd", "23rd", "101st", "111th", "122nd"]

@@ -1,0 +1,76 @@
+"""The start of a script: what it shows on a terminal, and a missing package."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+from src.utils.script import run_script, start_script, status
+if __name__ == "__main__":
+    start_script("a package")
+import sys
+def main():
+    with status("counting"):
+        print("counted", file=sys.stderr)
+    return 0
+run_script(main)
+"""
+
+
+def run_in_terminal(*command: str, **environment: str) -> str:
+    """Return what a command writes to a terminal."""
+    reader, writer = pty.openpty()
+    with subprocess.Popen(command, stdout=writer, stderr=writer, cwd=ROOT,
+                          env={**os.environ, **environment}) as process:
+        os.close(writer)
+        output = b""
+        try:
+            while part := os.read(reader, 4096):
+                output += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(reader)
+    assert process.returncode == 0
+    return output.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_shows_what_is_loaded_and_done() -> None:
+    """Each line is erased when its work is done; only the first process of a machine prints."""
+    erase = "\r\x1b[K"
+    assert run_in_terminal(sys.executable, "-c", SCRIPT) == (
+        f"loading a package ...{erase}counting ...counted\n{erase}")
+    assert run_in_terminal(sys.executable, "-c", SCRIPT, LOCAL_RANK="1") == "counted\n"
+
+
+def test_a_log_has_none_of_these_lines() -> None:
+    """What is no terminal gets only the output of the script."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "counted\n")
+
+
+@pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
+                                    "train_image_only.py"])
+def test_a_missing_package_is_one_message(script: str) -> None:
+    """Without the packages of requirements.txt each script says how to get them."""
+    # -S leaves out site-packages, -E the packages that PYTHONPATH adds.
+    done = subprocess.run([sys.executable, "-S", "-E", script, "--demo"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the package ")
+    assert ". .venv/bin/activate" in done.stderr and "requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "import src.missing"])
+def test_other_errors_keep_their_traceback(code: str) -> None:
+    """A bug, such as a missing module of this project, is not reported as a missing package."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from src.utils.script import start_script\n"
+         f"start_script()\n{code}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
