@@ -90,7 +90,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     print(f"model: {model.summary()}, on {device}")
 
     # --- images --------------------------------------------------------------------------------
-    train_set, val_set = load_images(args, source, tokenizer, data, results)
+    train_set, val_set = load_images(args, source, tokenizer, data, results, model)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     dtype = runtime.compute_dtype(device, args.precision)
@@ -115,8 +115,6 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
         # --- loop ------------------------------------------------------------------------------
         # The first epochs train the heads on features that are computed once, the others on pixels.
         splits, features, pixels = [train_set, val_set], [], []
-        if args.freeze_text_encoder:
-            splits = freeze_texts(data.cache, model.text_encoder, splits, dtype)
         if len(run.log) < frozen_epochs:
             features = freeze_images(data.cache, model.image_encoder, splits, dtype)
         if frozen_epochs < args.epochs:
@@ -192,9 +190,11 @@ def load_captions(
 
 def load_images(
     args: argparse.Namespace, source: DataSource, tokenizer: Tokenizer, data: DataPaths,
-    results: ResultPaths,
+    results: ResultPaths, model: DualEncoder,
 ) -> list[Flickr30kDataset]:
     """Decode the images; return the training and the validation split.
+
+    With --freeze-text-encoder they have the features of the captions in place of tokens.
 
     Raises:
         UserError: a split has fewer than two images, or see `prepare_datasets`.
@@ -208,7 +208,10 @@ def load_images(
               f"{counted(n_captions, 'captions')}")
         if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
-    return datasets
+    if not args.freeze_text_encoder:
+        return datasets
+    dtype = runtime.compute_dtype(model.logit_scale.device, args.precision)
+    return freeze_texts(data.cache, model.text_encoder, datasets, dtype)
 
 
 def build_model(args: argparse.Namespace, tokenizer: Tokenizer, text_config: str) -> DualEncoder:

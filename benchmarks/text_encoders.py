@@ -41,9 +41,10 @@ from src.models.tokenizer import Tokenizer
 from src.training.engine import train_one_epoch
 from src.training.frozen_features import freeze_texts
 from src.training.optim import build_optimizer, build_schedule
-from src.utils.errors import UserError, run_script
+from src.utils.errors import UserError
 from src.utils.files import write_atomic
 from src.utils.runtime import compute_dtype, grad_scaler, pick_device, seed_all, tune_malloc
+from src.utils.script import run_script
 
 CONTEXT_LENGTH, MIN_FREQ = 32, 2
 CAPTIONS, DROPOUT, WEIGHT_DECAY, WARMUP_STEPS = 5, 0.3, 0.01, 20  # as in the recipe strong
