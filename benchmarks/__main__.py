@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-TABLES = ("captions", "search", "page", "input", "train", "embed", "memory", "gpu")
+TABLES = ("captions", "search", "page", "input", "train", "embed", "export", "memory", "gpu")
 
 if __name__ == "__main__":
     for table in sys.argv[1:] or TABLES:

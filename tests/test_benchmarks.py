@@ -11,7 +11,7 @@ import torch
 
 import search
 import train
-from benchmarks import naive, pretrained
+from benchmarks import export, naive, pretrained
 from benchmarks import train as train_benchmark
 from benchmarks.photos import write_dataset
 from benchmarks.timing import PeakMemory
@@ -20,7 +20,7 @@ from src.data.dataset import Flickr30kDataset
 from src.data.loader import sample_batches
 from src.data.pixel_store import PixelStore
 from src.data.transforms import eval_transform
-from src.models.checkpoint import load_checkpoint
+from src.models.checkpoint import load_checkpoint, save_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
@@ -137,3 +137,23 @@ def test_peak_memory_counts_freed_memory() -> None:
             tries += 1
         del block
     assert 150_000_000 < peak.bytes - before < 400_000_000
+
+
+def test_the_table_of_exported_files(tmp_path, monkeypatch, capsys):
+    """Every row has size, speed and cosine; the cosines fall with the precision."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_captions(["a b"], 1, 4)
+    model = DualEncoder(ModelConfig(len(tokenizer), "efficientnet-lite0", image_size=SIZE))
+    save_checkpoint(tmp_path / "model.pth", model, tokenizer)
+    monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(tmp_path / "model.pth"),
+                                     "--count", "3", "--repeats", "1"])
+    assert export.main() == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("  ")[1].strip() for line in lines] == [
+        "PyTorch float32", "PyTorch bfloat16", "onnxruntime float32", "onnxruntime float16",
+        "onnxruntime int8"]
+    cosines = [float(line.split("cosine mean ")[1].split(",")[0]) for line in lines]
+    assert cosines[0] == 1 and cosines[2] > 0.9999 and min(cosines) > 0.5
+    assert "rsum" not in lines[0]

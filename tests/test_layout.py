@@ -21,7 +21,8 @@ LIBRARIES = {
     "PIL": {"data/images"}, "efficientnet_pytorch": {"models/image_encoder"},
     "matplotlib": {"utils/plots"}, "fcntl": {"utils/files"},
     "http": {"search/page_server", "models/image_encoder"},
-    "pandas": {"data/captions", "data/caption_files"},
+    "pandas": {"data/captions", "data/caption_files"}, "safetensors": {"utils/tensors"},
+    "onnx": {"models/onnx_graph"}, "onnxruntime": {"models/onnx_runtime"},
     "transformers": {"models/bert"}, "tokenizers": {"models/bert"},
     "huggingface_hub": {"models/bert"},
 }

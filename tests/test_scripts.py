@@ -1049,22 +1049,112 @@ def test_export_of_the_best_epoch(trained, capsys):
     """The exported image encoder is beside the checkpoint and has the same weights."""
     assert train_image_only.main(["--results-dir", str(trained)]) == 0
     exported = load(trained / EXPORT)
-    (trained / EXPORT).unlink()  # other tests compare this folder
-    assert "exported efficientnet-b0 of epoch 1" in capsys.readouterr().out
-    model, _, _ = load_checkpoint(trained / BEST)
+    for name in (EXPORT, "rejected_export.csv"):  # other tests compare this folder
+        (trained / name).unlink()
+    out = capsys.readouterr().out
+    assert "exported efficientnet-b0 of epoch 1 (" in out
+    assert "compared on 3 validation images: largest difference " in out
+    model, _, content = load_checkpoint(trained / BEST)
     assert differences(exported["backbone_state"],
                      dict(model.image_encoder.backbone.state_dict())) == []
     assert torch.equal(exported["projection"], model.image_projection.linear.weight)
+    card = exported["card"]
+    assert card["recall"] == content["metrics"] and card["epoch"] == 1
+    assert card["data"] == "images, annotations.csv"  # no path of this machine
+    assert card["checkpoint"] == files.fingerprint(trained / BEST)
+
+
+def export(*flags: object) -> None:
+    """Run train_image_only.py."""
+    assert train_image_only.main([str(flag) for flag in flags]) == 0
 
 
 def test_export_of_other_files(trained, tmp_path):
     """--checkpoint and --output choose the files; an exported encoder cannot be exported."""
     output = tmp_path / "new" / "encoder.pth"
-    assert train_image_only.main(["--checkpoint", str(trained / LAST), "--output",
-                                  str(output)]) == 0
+    export("--checkpoint", trained / LAST, "--output", output, "--results-dir", tmp_path, "--text")
     assert load(output)["kind"] == "image encoder"
+    assert {path.name for path in output.parent.iterdir()} == {"encoder.pth", "encoder_text.npz"}
     with pytest.raises(UserError, match="encoder.pth holds image encoder"):
         train_image_only.main(["--checkpoint", str(output), "--output", str(tmp_path / "x.pth")])
+
+
+def test_export_in_all_formats(trained, tmp_path, capsys):
+    """The files are named by their format; lower precision prints the recall of model and file."""
+    for package in ("onnxruntime", "onnx", "safetensors"):
+        pytest.importorskip(package)
+    flags = ("--checkpoint", trained / BEST, "--results-dir", tmp_path, "--text")
+    export(*flags, "--format", "safetensors", "--precision", "float16")
+    lines = capsys.readouterr().out.splitlines()
+    model, exported = ([float(value) for value in line.split()[1:]] for line in lines
+                       if line.startswith(("model ", "exported  ")))
+    metrics = load(trained / BEST)["metrics"]
+    assert model == pytest.approx([*(metrics[f"{direction}_R@{k}"] for direction in (
+        "image_to_text", "text_to_image") for k in (1, 5, 10)), metrics["rsum"]], abs=0.05)
+    assert len(exported) == 7
+    [change] = [line for line in lines if line.startswith("rsum changes by")]
+    assert float(change.split()[-1]) == pytest.approx(exported[-1] - model[-1], abs=0.11)
+    export(*flags, "--format", "onnx", "--float-input")
+    assert "rsum" not in capsys.readouterr().out  # nothing was rounded
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "image_encoder_from_clip.safetensors", "image_encoder_from_clip.onnx",
+        "text_encoder_from_clip.npz", "text_encoder_from_clip.onnx"}
+
+
+def test_export_without_the_data_of_the_run(trained, tmp_path, capsys):
+    """A checkpoint on another machine is compared on generated images, or on a folder's."""
+    content = load(trained / BEST)
+    content["args"]["images"] = str(tmp_path / "gone")
+    torch.save(content, tmp_path / "moved.pth")
+    flags = ("--checkpoint", tmp_path / "moved.pth", "--output", tmp_path / "encoder.pth")
+    export(*flags)
+    captured = capsys.readouterr()
+    assert "compared on 32 generated images (--images DIR takes yours): " in captured.out
+    assert captured.err.startswith("note: no validation images of the training run: there is no "
+                                   f"image folder at {tmp_path / 'gone'}\n")
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    with pytest.raises(UserError, match="there are no images in .*photos"):
+        export(*flags, "--images", photos)
+    images = Path(content["args"]["annotations"][0]).parents[1] / "images"
+    for source, name in (("1000.png", "a.png"), ("1002.png", "sub/b.png")):
+        shutil.copy(images / source, photos / name)
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:100])
+    export(*flags, "--images", photos, "--precision", "float16")
+    captured = capsys.readouterr()
+    assert f"compared on 2 images of {photos}: " in captured.out
+    assert f"recall not measured: the images of {photos} have no captions\n" in captured.out
+    assert f"note: 1 of 3 images cannot be read; the first, {photos / 'broken.png'}: " \
+        in captured.err
+    with pytest.raises(UserError, match="there is no caption file at"):
+        export(*flags, "--annotations", tmp_path / "none.csv")
+
+
+def test_recall_of_a_last_checkpoint_is_measured(trained, tmp_path, capsys):
+    """Its metrics may be of the moving average, or of the epoch before."""
+    content = load(trained / LAST)
+    metrics = content["metrics"]
+    content["average_state"], content["metrics"] = content["model_state"], {"rsum": -1.0}
+    torch.save(content, tmp_path / "last.pth")
+    export("--checkpoint", tmp_path / "last.pth", "--results-dir", tmp_path)
+    # After one epoch the embeddings are nearly equal, and rounding decides ranks.
+    recall = load(tmp_path / EXPORT)["card"]["recall"]
+    assert recall.keys() == metrics.keys() and recall["rsum"] > 0
+    [model] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
+    assert float(model.split()[-1]) == pytest.approx(metrics["rsum"], abs=0.05)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--precision", "int8"], "--precision int8 is for --format onnx"),
+    (["--float-input", "--format", "safetensors"], "--float-input is for --format onnx"),
+    (["--pretrained", "--format", "onnx", "--precision", "int8"],
+     "int8 is calibrated on images: give some with --images DIR")])
+def test_export_flags_that_do_not_fit(flags, message, tmp_path, monkeypatch):
+    """They are refused, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        train_image_only.main(flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 # As programs

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from src.data.captions import DataIssue, ImageRecord
 from src.data.dataset import Flickr30kDataset
+from src.data.images import load_resized
 from src.data.pixel_store import PixelStore, store_size
 from src.data.source import DataSource
 from src.utils.distributed import rank
@@ -62,6 +68,41 @@ def prepare_datasets(
     if strict:
         check_strict(collect_issues(source, store))
     return datasets
+
+
+def prepare_images(
+    paths: Sequence[Path], tokenizer: Tokenizer, image_size: int
+) -> Flickr30kDataset:
+    """Return images without captions as a dataset in memory; those that cannot be read are counted.
+
+    Args:
+        paths: image files.
+        tokenizer: of the model.
+        image_size: input size of the model in pixels.
+
+    Raises:
+        UserError: none can be read.
+    """
+    def load(path: Path) -> np.ndarray | str:
+        try:
+            return load_resized(path, store_size(image_size))
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loaded = dict(zip(map(str, paths), pool.map(load, paths), strict=True))
+    pixels = {name: value for name, value in loaded.items() if not isinstance(value, str)}
+    failed = {name: value for name, value in loaded.items() if isinstance(value, str)}
+    if failed:
+        name, reason = next(iter(failed.items()))
+        message = printable(f"{len(failed):,} of {len(paths):,} images cannot be read; the first, "
+                            f"{name}: {reason}")
+        if not pixels:
+            raise UserError(message)
+        print(f"note: {message}", file=sys.stderr)
+    store = PixelStore(np.stack(list(pixels.values())),
+                       {name: row for row, name in enumerate(pixels)}, failed)
+    return Flickr30kDataset([ImageRecord(name, ()) for name in pixels], store, tokenizer)
 
 
 def find_warnings(

@@ -1,4 +1,4 @@
-"""Save, load and export trained models. A checkpoint holds only tensors and plain values."""
+"""Save and load trained models. A checkpoint holds only tensors and plain values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from src.utils.files import sync_folder
 from src.utils.tensors import load_tensors, save_tensors
 
 DUAL_ENCODER = "dual encoder"
-IMAGE_ENCODER = "image encoder"
 # Config fields of earlier versions -> their names today.
 RENAMED_FIELDS = {"mirror_mean": "flip_tta"}
 
@@ -150,36 +149,4 @@ def save_compact(
         "vocab": tokenizer.vocab,
         "config": asdict(replace(model.config, token_dim=dim)),
         **extra,
-    })
-
-
-def export_image_encoder(path: Path, model: DualEncoder, *, resize: int) -> None:
-    """Write the image encoder with all that is needed to rebuild it and to prepare its input.
-
-    `backbone_state` loads into `EfficientNet.from_name(name, image_size=image_size)` of the package
-    efficientnet_pytorch, or efficientnet_lite_pytorch for the Lite networks, without its classifier
-    `_fc`. `mean` and `std`, per channel of values in [0, 1], are those of that network. The
-    embedding of an image is `projection @ features`, normalized to unit length; with `flip_tta` the
-    features are the mean over the image and its horizontal flip.
-
-    Args:
-        path: the file to write.
-        model: the trained model.
-        resize: side in pixels to which images are resized before the center crop of `image_size`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    config = model.config
-    mean, std = model.image_encoder.input_statistics
-    save_tensors(path, {
-        "kind": IMAGE_ENCODER,
-        "name": config.image_encoder,
-        "backbone_state": model.image_encoder.backbone.state_dict(),
-        "projection": model.image_projection.linear.weight.detach(),  # (D, F)
-        "image_size": config.image_size,
-        "resize": resize,
-        "flip_tta": config.flip_tta,
-        "mean": list(mean),
-        "std": list(std),
     })

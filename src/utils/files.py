@@ -73,6 +73,28 @@ def open_no_link(path: Path | str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+@contextlib.contextmanager
+def replace_on_success(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file, which replaces `path` if the block ends without an error.
+
+    Otherwise the new file is removed, and an earlier file `path` is intact.
+
+    Raises:
+        UserError: the file cannot be renamed.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        try:
+            new.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries, new names and renames, to the disk, if the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -55,8 +55,13 @@ class ResultPaths:
 
     @property
     def exported(self) -> Path:
-        """The exported image encoder."""
+        """The exported image encoder; the suffix is that of its format."""
         return self.folder / "models" / "image_encoder_from_clip.pth"
+
+    @property
+    def exported_text(self) -> Path:
+        """The exported text encoder."""
+        return self.folder / "models" / "text_encoder_from_clip.npz"
 
     def archive_last_run(self) -> None:
         """Rename the last checkpoint of an earlier run, so that --resume cannot mistake it."""

@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,6 +63,47 @@ def load_tensors(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} has {size:,} bytes but holds a tensor of {tensor.numel():,} "
                             "elements: this project did not write it")
     return content
+
+
+def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """Write named tensors and texts in the format of the package safetensors, atomically.
+
+    Raises:
+        UserError: the package is not installed, or the file cannot be written; see `write_atomic`.
+    """
+    safetensors = import_safetensors()
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.save(dense, {"format": "pt", **metadata}))
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file and its texts.
+
+    Raises:
+        UserError: the package is not installed, or the file cannot be read.
+    """
+    import_safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def import_safetensors() -> ModuleType:
+    """Return safetensors.torch.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError("the safetensors format needs another package: pip install safetensors"
+                        ) from error
+    return safetensors.torch
 
 
 def _tensors_of(content: dict[str, Any]) -> Iterator[torch.Tensor]:

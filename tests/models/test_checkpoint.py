@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
-from efficientnet_pytorch import EfficientNet
 
-from src.data.pixel_store import store_size
-from src.models.checkpoint import (
-    export_image_encoder,
-    load_checkpoint,
-    save_checkpoint,
-    save_compact,
-)
+from src.models.checkpoint import load_checkpoint, save_checkpoint, save_compact
 from src.models.dual_encoder import DualEncoder, ModelConfig
-from src.models.image_encoder import IMAGENET_MEAN, IMAGENET_STD
+from src.models.export import image_card, prepare_image_encoder
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import UserError
 from src.utils.paths import PRETRAINED
@@ -110,7 +103,7 @@ def test_saving_replaces_the_file(model, tokenizer, saved):
 def test_exported_encoder_is_not_a_checkpoint(model, tmp_path):
     """An exported image encoder is refused; the message names what it is and what is needed."""
     path = tmp_path / "image.pth"
-    export_image_encoder(path, model, resize=store_size(model.config.image_size))
+    prepare_image_encoder(model, "torch", resize=50).write(path, image_card(model, resize=50))
     with pytest.raises(UserError, match="image.pth holds image encoder; .* train.py is needed"):
         load_checkpoint(path)
 
@@ -195,74 +188,3 @@ def test_the_pretrained_model_loads():
     assert PRETRAINED.name in card and f"{len(tokenizer):,}" in card
     dogs, dog, car = loaded.encode_text(tokenizer.encode(["two dogs", "a dog", "a car"]))
     assert dogs @ dog > dogs @ car
-
-
-@pytest.fixture
-def exported(model, tmp_path):
-    """Return the content of the file that train_image_only.py writes."""
-    export_image_encoder(tmp_path / "image.pth", model, resize=store_size(model.config.image_size))
-    return torch.load(tmp_path / "image.pth", weights_only=True)
-
-
-@pytest.mark.parametrize("flip_tta", [False, True])
-def test_exported_encoder_rebuilds_without_this_project(model, images, tmp_path, flip_tta):
-    """torch and efficientnet_pytorch alone compute the embeddings of encode_image from the file."""
-    averaging = DualEncoder(replace(model.config, flip_tta=flip_tta)).eval()
-    averaging.load_state_dict(model.state_dict())
-    export_image_encoder(tmp_path / "image.pth", averaging, resize=56)
-    exported = torch.load(tmp_path / "image.pth", weights_only=True)
-    net = EfficientNet.from_name(
-        exported["name"], include_top=False, image_size=exported["image_size"]
-    )
-    net.load_state_dict(exported["backbone_state"])
-    with torch.no_grad():
-        features = net.eval()(images).flatten(1)
-        if exported["flip_tta"]:
-            features = (features + net(images.flip(3)).flatten(1)) / 2
-        embeddings = torch.nn.functional.normalize(features @ exported["projection"].T)
-        expected = averaging.encode_image(images)
-        alone = model.encode_image(images)
-    assert torch.equal(alone, expected) != flip_tta
-    assert torch.cdist(expected, expected).fill_diagonal_(9).min() > 0.01  # the images differ
-    torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_exported_lite_encoder_rebuilds_with_its_package(images, tmp_path):
-    """efficientnet_lite_pytorch computes the embeddings of encode_image from the file.
-
-    `images` have ImageNet's normalization; the file holds that of the Lite networks.
-    """
-    reference = pytest.importorskip("efficientnet_lite_pytorch")
-    torch.manual_seed(0)
-    model = DualEncoder(ModelConfig(10, "efficientnet-lite1", image_size=48, drop_connect=0.0))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model.train().encode_image(images)
-        expected = model.eval().encode_image(images)
-    export_image_encoder(tmp_path / "image.pth", model, resize=50)
-    exported = torch.load(tmp_path / "image.pth", weights_only=True)
-    net = reference.EfficientNet.from_name(exported["name"], image_size=exported["image_size"])
-    result = net.load_state_dict(exported["backbone_state"], strict=False)
-    assert result.missing_keys == ["_fc.weight", "_fc.bias"] and not result.unexpected_keys
-    mean, std = (torch.tensor(exported[name])[:, None, None] for name in ("mean", "std"))
-    own_mean, own_std = (torch.tensor(values)[:, None, None]
-                         for values in (IMAGENET_MEAN, IMAGENET_STD))
-    with torch.no_grad():
-        inputs = (images * own_std + own_mean - mean) / std
-        features = net.eval().extract_features(inputs).mean((2, 3))
-    embeddings = torch.nn.functional.normalize(features @ exported["projection"].T)
-    assert torch.cdist(expected, expected).fill_diagonal_(9).min() > 0.01  # the images differ
-    torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_exported_file_describes_its_input(exported):
-    """The file holds input size, size before the center crop, mean, deviation and flip TTA."""
-    assert exported["flip_tta"] is False
-    assert exported["image_size"] == 48
-    assert exported["image_size"] <= exported["resize"] <= 56
-    assert exported["mean"] == [0.485, 0.456, 0.406]
-    assert exported["std"] == [0.229, 0.224, 0.225]
-    odd = {kind for kind in kinds_in(exported) if not issubclass(kind, PLAIN)}
-    assert odd == set()
