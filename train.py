@@ -100,7 +100,8 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(
         model, args.lr, args.weight_decay, args.image_encoder_lr, args.text_encoder_lr)
-    graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
+    use_graph = args.cuda_graph and args.text_encoder == "words"  # not tested with BERT
+    graphed = graphed_step(optimizer, scaler, args.chunk_size) if use_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
