@@ -95,6 +95,8 @@ def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPath
     load = functools.cache(lambda: load_model(checkpoint, args.device))
     indexes = results.folder / "index"
     table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
+    if not isinstance(table, WordTable):
+        check_bert(args)
     queries, errors = embed_each(table, texts)
 
     # --- index ---------------------------------------------------------------------------------
@@ -214,6 +216,20 @@ def load_model(checkpoint: Path, device: str) -> tuple[DualEncoder, Tokenizer, d
         tune_malloc()
         model, tokenizer, content = load_checkpoint(checkpoint)
         return model.to(pick_device(device)), tokenizer, content
+
+
+def check_bert(args: argparse.Namespace) -> None:
+    """Refuse what only a bag of words can do; say how --explain differs.
+
+    Raises:
+        UserError: --page or --serve is given.
+    """
+    if args.page or args.serve is not None:
+        raise UserError("--page and --serve need a checkpoint with a bag of words: the page embeds "
+                        "a text as a mean of word vectors, and this text encoder is a BERT")
+    if args.explain:
+        print("note: with a BERT, a word's number is the score minus the score without the word; "
+              "they do not sum to the score", file=sys.stderr)
 
 
 def read_queries(args: argparse.Namespace) -> list[str]:

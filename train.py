@@ -2,6 +2,7 @@
 
     python train.py                    # Flickr30k in data/flickr30k
     python train.py --recipe strong    # the recipe with the best recall
+    python train.py --text-encoder bert
     python train.py --demo             # a synthetic dataset, 1 to 3 minutes
     python train.py --max-images 2000 --weights none
     python train.py --resume           # continue a run, even within an epoch
@@ -25,7 +26,6 @@ import argparse
 import sys
 import time
 from contextlib import nullcontext
-from signal import Signals
 
 import torch
 
@@ -37,13 +37,14 @@ from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import report_best
 from src.evaluation.metrics import EPOCH_HEADER, format_epoch
+from src.models.bert import load_pretrained
 from src.models.checkpoint import Checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.training import run_state
 from src.training.cuda_graph import graphed_step
 from src.training.engine import check_batch_size, explain_memory, train_one_epoch
-from src.training.frozen_features import frozen_features
+from src.training.frozen_features import freeze_images, freeze_texts
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
@@ -79,17 +80,17 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
           resumed: Checkpoint | None) -> tuple[int, Flickr30kDataset]:
     """Train all epochs and keep the best. Returns the exit status and the validation split."""
     # --- captions ------------------------------------------------------------------------------
-    source, tokenizer = load_captions(args)
+    source, tokenizer, text_config = load_captions(args, resumed)
 
     # --- model ---------------------------------------------------------------------------------
     # Before the images are decoded, which can take minutes: weights that do not fit are refused.
-    model = (resumed.model if resumed else build_model(args, tokenizer)).to(device)
+    model = (resumed.model if resumed else build_model(args, tokenizer, text_config)).to(device)
     if args.compile:
         model.image_encoder.compile_training()
     print(f"model: {model.summary()}, on {device}")
 
     # --- images --------------------------------------------------------------------------------
-    train_set, val_set = load_images(args, source, tokenizer, data, results)
+    train_set, val_set = load_images(args, source, tokenizer, data, results, model)
     steps_per_epoch = count_batches(train_set, args.batch_size, args.captions_per_image)
     frozen_epochs = args.epochs if args.freeze_image_encoder else min(args.head_epochs, args.epochs)
     dtype = runtime.compute_dtype(device, args.precision)
@@ -97,8 +98,10 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
 
     # --- optimizer -----------------------------------------------------------------------------
     scaler = runtime.grad_scaler(device, dtype)
-    optimizer = build_optimizer(model, args.lr, args.weight_decay, args.image_encoder_lr)
-    graphed = graphed_step(optimizer, scaler, args.chunk_size) if args.cuda_graph else None
+    optimizer = build_optimizer(
+        model, args.lr, args.weight_decay, args.image_encoder_lr, args.text_encoder_lr)
+    use_graph = args.cuda_graph and args.text_encoder == "words"  # not tested with BERT
+    graphed = graphed_step(optimizer, scaler, args.chunk_size) if use_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
@@ -114,8 +117,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
         # The first epochs train the heads on features that are computed once, the others on pixels.
         splits, features, pixels = [train_set, val_set], [], []
         if len(run.log) < frozen_epochs:
-            features = [split.with_images(
-                frozen_features(data.cache, model.image_encoder, split, dtype)) for split in splits]
+            features = freeze_images(data.cache, model.image_encoder, splits, dtype)
         if frozen_epochs < args.epochs:
             pixels = [cache_on_device(split, device) for split in splits]
         if len(run.log) < args.epochs:
@@ -128,7 +130,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
                 epoch=epoch, dtype=dtype, chunk_size=args.chunk_size, progress=run.progress,
                 freeze_batchnorm=args.freeze_batchnorm, graphed=graphed, after_step=run.after_step)
             if run.stopped:
-                return report_stop(args, run, epoch, stop_request.signal), val_set
+                return run.report_stop(cli.resume_command(args, distributed.world_size())), val_set
             run.save()  # a run that is killed during validation continues with the validation
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
@@ -152,6 +154,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_training_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
+    cli.check_text_flags(args)
     results = cli.resolve_results(args)
     if not args.resume:
         run_state.check_no_unfinished_run(results, cli.plain_values(args))
@@ -167,25 +170,32 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     return args, resumed
 
 
-def load_captions(args: argparse.Namespace) -> tuple[DataSource, Tokenizer]:
-    """Read and split the captions; return them and a tokenizer of the training captions.
+def load_captions(
+    args: argparse.Namespace, resumed: Checkpoint | None
+) -> tuple[DataSource, Tokenizer, str]:
+    """Read and split the captions; return them, a tokenizer, and the configuration of a BERT.
 
     Raises:
-        UserError: there are no validation images, or see `scan_dataset`.
+        UserError: there are no validation images, or see `scan_dataset` and `load_pretrained`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
+    if args.text_encoder == "bert":  # a resumed run does not need the files of --text-weights
+        return source, *((resumed.tokenizer, resumed.model.config.text_config) if resumed else
+                         load_pretrained(args.text_weights, args.context_length))
     # A vocabulary of all captions would leak the words of the validation captions.
     captions = [caption for record in source.splits["train"] for caption in record.captions]
-    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length)
+    return source, Tokenizer.from_captions(captions, args.min_freq, args.context_length), ""
 
 
 def load_images(
     args: argparse.Namespace, source: DataSource, tokenizer: Tokenizer, data: DataPaths,
-    results: ResultPaths,
+    results: ResultPaths, model: DualEncoder,
 ) -> list[Flickr30kDataset]:
     """Decode the images; return the training and the validation split.
+
+    With --freeze-text-encoder they have the features of the captions in place of tokens.
 
     Raises:
         UserError: a split has fewer than two images, or see `prepare_datasets`.
@@ -199,18 +209,24 @@ def load_images(
               f"{counted(n_captions, 'captions')}")
         if reason := source.explain_small_split(split, n_images):
             raise UserError(reason)
-    return datasets
+    if not args.freeze_text_encoder:
+        return datasets
+    dtype = runtime.compute_dtype(model.logit_scale.device, args.precision)
+    return freeze_texts(data.cache, model.text_encoder, datasets, dtype)
 
 
-def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
+def build_model(args: argparse.Namespace, tokenizer: Tokenizer, text_config: str) -> DualEncoder:
     """Return a new model; the same seed gives the same weights."""
     runtime.seed_all(args.seed, "weights")
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,
         context_length=args.context_length, token_dim=args.token_dim, embed_dim=args.embed_dim,
         dropout=args.dropout, drop_connect=args.drop_connect, word_dropout=args.word_dropout,
-        flip_tta=args.flip_tta,
+        flip_tta=args.flip_tta, text_encoder=args.text_encoder, text_config=text_config,
+        text_pooling=args.text_pooling,
     ))
+    if args.text_encoder == "bert":
+        model.text_encoder.load_weights(args.text_weights)
     model.image_encoder.load_weights(args.weights)
     return model
 
@@ -224,16 +240,6 @@ def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype
     note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
     if note:
         print(note, file=sys.stderr)
-
-
-def report_stop(
-    args: argparse.Namespace, run: run_state.RunState, epoch: int, signal: Signals | None
-) -> int:
-    """Print how to continue a run that a signal stopped. Returns the signal's exit status."""
-    if distributed.rank() == 0:
-        print(f"stopped after step {run.progress.step} of epoch {epoch}, and saved; continue with\n"
-              f"    {cli.resume_command(args, distributed.world_size())}", file=sys.stderr)
-    return 128 + (signal or Signals.SIGTERM)  # another rank got the signal
 
 
 if __name__ == "__main__":

@@ -78,8 +78,10 @@ def train_row(row: str, seed: int, args: argparse.Namespace) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def naive_model(args: argparse.Namespace, tokenizer: Tokenizer) -> DualEncoder:
-    """Return the naive baseline as a DualEncoder."""
+def naive_model(
+    args: argparse.Namespace, tokenizer: Tokenizer, text_config: str = ""
+) -> DualEncoder:
+    """Return the naive baseline as a DualEncoder; it has no BERT to configure."""
     seed_all(args.seed, "weights")
     model = DualEncoder(ModelConfig(
         vocab_size=len(tokenizer), image_encoder=args.image_encoder, image_size=args.image_size,

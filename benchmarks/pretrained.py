@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     metrics = measure(args.output, flags)
     # Once more, with the score below which a search calls a match weak.
     save_compact(args.output, model, tokenizer, **saved,
-                 metrics={name: metrics[name] for name in ("rsum", "weak_score")})
+                 metrics={name: value for name, value in metrics.items()
+                          if "_to_" in name or name in ("rsum", "weak_score")})
     recalls = [" / ".join(f"{metrics[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
                for direction in ("image_to_text", "text_to_image")]
     write_atomic(args.output.with_name("README.md"), f"""\

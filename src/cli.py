@@ -205,21 +205,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                        help="height and width of the input (default: %(default)s)")
     group.add_argument("--embed-dim", type=positive_int, default=256, metavar="D",
                        help="dimensions of the shared embedding space (default: %(default)s)")
+    group.add_argument("--text-encoder", choices=("words", "bert"), default="words",
+                       help="words: a bag of words, trained from scratch; bert: a pretrained BERT, "
+                       "which needs the package transformers (default: %(default)s)")
+    group.add_argument("--text-weights", metavar="NAME_OR_FOLDER", default="bert-base-uncased",
+                       help="of --text-encoder bert: a BERT, DistilBERT, MiniLM, RoBERTa, ... by "
+                       "its name on the Hugging Face Hub, or its folder (default: %(default)s)")
+    group.add_argument("--text-pooling", choices=("mean", "cls"), default="mean",
+                       help="of --text-encoder bert: the mean of the last hidden states of all "
+                       "tokens, or the state of the first (default: %(default)s)")
     group.add_argument("--token-dim", type=positive_int, metavar="D",
-                       help="dimensions of the word embeddings (default: %(default)s)")
+                       help="dimensions of the word embeddings of a bag of words "
+                       "(default: %(default)s)")
     group.add_argument("--context-length", type=positive_int, default=32, metavar="WORDS",
-                       help="words of a caption that are used (default: %(default)s)")
+                       help="words of a caption that are used; of --text-encoder bert, tokens "
+                       "(default: %(default)s)")
     group.add_argument("--min-freq", type=positive_int, metavar="N",
-                       help="the vocabulary holds the words that occur at least N times in "
-                       "the training captions (default: %(default)s)")
+                       help="the vocabulary of a bag of words holds the words that occur at least "
+                       "N times in the training captions (default: %(default)s)")
     group.add_argument("--dropout", type=fraction, metavar="P",
                        help="dropout rate before the projections (default: %(default)s)")
     group.add_argument("--drop-connect", type=fraction, metavar="P",
                        help="stochastic depth rate of the image encoder's last block "
                        "(default: %(default)s)")
     group.add_argument("--word-dropout", type=fraction, metavar="P",
-                       help="share of the words that are dropped from a caption in training "
-                       "(default: %(default)s)")
+                       help="share of the words that a bag of words drops from a caption in "
+                       "training (default: %(default)s)")
     group.add_argument("--flip-tta", action=argparse.BooleanOptionalAction,
                        help="in evaluation and search, average the features of an image and its "
                        "horizontal flip, for twice the time (default: %(default)s)")
@@ -244,6 +255,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=positive_float, help="learning rate (default: %(default)s)")
     group.add_argument("--image-encoder-lr", type=positive_float, metavar="LR",
                        help="learning rate of the image encoder (default: --lr)")
+    group.add_argument("--text-encoder-lr", type=positive_float, metavar="LR",
+                       help="learning rate of --text-encoder bert (default: %(default)s; None is "
+                       "--lr)")
     group.add_argument("--weight-decay", type=non_negative_float, metavar="X",
                        help="weight decay of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=("constant", "cosine"),
@@ -258,6 +272,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze-image-encoder", action="store_true",
                        help="compute the image features once, save them, and train the rest on "
                        "them: minutes on a laptop")
+    group.add_argument("--freeze-text-encoder", action="store_true",
+                       help="do not train the BERT of --text-encoder bert; compute the features "
+                       "of the captions once, and save them")
     group.add_argument("--head-epochs", type=non_negative_int, metavar="N",
                        help="train with a frozen image encoder for the first N epochs, then "
                        "everything (default: %(default)s)")
@@ -277,8 +294,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
                          default=cuda_graph.ENABLED,
                          help="on one GPU, replay the training step as a CUDA graph, without the "
-                         "time that launching its kernels takes; no effect with --chunk-size or "
-                         "in float16 (default: %(default)s)")
+                         "time that launching its kernels takes; no effect with --chunk-size, BERT "
+                         "or in float16 (default: %(default)s)")
     machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
                          help="train the batch of each process in chunks of this size: the same "
                          "gradient in less memory, for a second forward pass; BatchNorm, unless "
@@ -309,6 +326,24 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> Non
     parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
     if recipe != "demo" and chosen.image_encoder in IMAGE_SIZES:
         parser.set_defaults(image_size=IMAGE_SIZES[chosen.image_encoder])
+
+
+def check_text_flags(args: argparse.Namespace) -> None:
+    """Refuse a flag that the chosen text encoder would ignore.
+
+    Raises:
+        UserError: such a flag has another value than its default.
+    """
+    recipe = RECIPES.get(args.recipe, RECIPES["baseline"])
+    of_words = {name: recipe[name] for name in ("min_freq", "token_dim", "word_dropout")}
+    of_bert = dict(text_weights="bert-base-uncased", text_pooling="mean",
+                   text_encoder_lr=recipe["text_encoder_lr"], freeze_text_encoder=False)
+    ignored, needed = (of_words, "words") if args.text_encoder == "bert" else (of_bert, "bert")
+    for name, default in ignored.items():
+        if getattr(args, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} needs --text-encoder {needed}: with {args.text_encoder} it "
+                            "has no effect")
 
 
 def resolve_results(args: argparse.Namespace) -> ResultPaths:

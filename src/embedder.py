@@ -25,7 +25,7 @@ from src.evaluation.embed import embed_pixels
 from src.models.checkpoint import load_checkpoint
 from src.search.answers import Filter, Library, find_results
 from src.search.manage import index_folder
-from src.search.query import WordTable, embed_queries
+from src.search.query import embed_texts, text_side
 from src.search.update_index import update_index
 from src.utils.errors import UserError
 from src.utils.files import fingerprint
@@ -60,10 +60,9 @@ class Embedder:
         tune_malloc()
         checkpoint = Path(checkpoint)
         self.model, self.tokenizer, content = load_checkpoint(checkpoint)
-        self._words = WordTable(fingerprint(checkpoint), self.tokenizer.words,
-                                content.get("args", {}), self.model.word_embeddings().numpy())
+        self._texts = text_side(fingerprint(checkpoint), self.model, self.tokenizer, content)
         self.model.to(pick_device(device))
-        self.dim = self._words.dim
+        self.dim = self._texts.dim
         self._index_dir = Path(index_dir)
 
     @classmethod
@@ -72,7 +71,7 @@ class Embedder:
         return cls(PRETRAINED, device, index_dir)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts of any length.
+        """Embed texts of any length; a BERT uses the tokens that it has positions for, often 512.
 
         Returns:
             (M, D) float32 of unit length.
@@ -83,8 +82,7 @@ class Embedder:
         """
         if isinstance(texts, str):
             raise TypeError("texts takes a list of strings, such as [text]")
-        queries = embed_queries(self._words, list(texts))
-        return np.stack([query.embedding for query in queries]) if queries else self._empty()
+        return embed_texts(self._texts, list(texts)) if len(texts) else self._empty()
 
     def images(self, images: Iterable[str | Path | object], batch_size: int = BATCH_SIZE
                ) -> np.ndarray:
@@ -131,8 +129,8 @@ class Embedder:
         """
         embedding = self.texts([query]) if isinstance(query, str) else self.images([query])
         folder = Path(images)
-        index = update_index(index_folder(self._index_dir, folder), folder, self._words.checkpoint,
-                             self.dim, lambda: self.model, about=self._words.about)
+        index = update_index(index_folder(self._index_dir, folder), folder, self._texts.checkpoint,
+                             self.dim, lambda: self.model, about=self._texts.about)
         results, _ = find_results(Library.join([folder], [index]), embedding[0],
                                   Filter(top, duplicates=True))
         return [(result["path"], result["score"]) for result in results]

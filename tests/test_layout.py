@@ -23,6 +23,8 @@ LIBRARIES = {
     "http": {"search/page_server", "models/image_encoder"},
     "pandas": {"data/captions", "data/caption_files"}, "safetensors": {"utils/tensors"},
     "onnx": {"models/onnx_graph"}, "onnxruntime": {"models/onnx_runtime"},
+    "transformers": {"models/bert"}, "tokenizers": {"models/bert"},
+    "huggingface_hub": {"models/bert"},
 }
 
 

@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
         images: (b, S, S, 3) uint8 pixels, or (b, F) float32 features of a frozen image encoder.
-        tokens: (m, L) int64 token ids.
+        tokens: (m, L) int64 token ids, or (m, E) float32 features of a frozen text encoder.
         image_index: (M,) int64, ascending: the image of each caption, as its place in the batch.
         counts: number of captions of each of the B images.
         local: the b of the B images that this rank holds.
@@ -79,7 +79,7 @@ class Flickr30kDataset:
         captions: M texts, grouped by image.
         image_index: (M,) int64, the image of each caption.
         first_caption: (N,) int64, the first caption of each image.
-        tokens: (M, L) int64 token ids.
+        tokens: (M, L) int64 token ids, or after `with_tokens` features of the captions.
         has_known_word: (M,) bool, whether a word of the caption is in the vocabulary.
     """
 
@@ -99,7 +99,7 @@ class Flickr30kDataset:
         self.first_caption = torch.cumsum(counts, 0) - counts
         # Once: (M, L) int64 takes 40 MB for Flickr30k, and an epoch then only indexes.
         self.tokens = tokenizer.encode(self.captions)
-        self.has_known_word = (self.tokens > tokenizer.unk_id).any(dim=1)
+        self.has_known_word = tokenizer.has_known_word(self.tokens)
 
     def __len__(self) -> int:
         """Return the number of image-caption pairs, M."""
@@ -129,6 +129,12 @@ class Flickr30kDataset:
         """
         other = copy(self)  # captions and tokens are shared
         other.images, other.store_rows = images, np.arange(len(self.records))
+        return other
+
+    def with_tokens(self, tokens: torch.Tensor) -> Flickr30kDataset:
+        """Return a copy with the features (M, E) of a frozen text encoder in place of tokens."""
+        other = copy(self)
+        other.tokens = tokens
         return other
 
     def take_images(self, indices: np.ndarray) -> torch.Tensor:

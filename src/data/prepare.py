@@ -121,13 +121,14 @@ def find_warnings(
     warnings = list(source.annotations.warnings)
     unknown = max(words.unknown_share for words in statistics)
     if unknown > MAX_UNKNOWN:
-        warnings.append(f"{unknown:.0%} of the words are unknown to the vocabulary of "
-                        f"{len(tokenizer):,} words")
+        warnings.append(f"{unknown:.0%} of the {tokenizer.unit} are unknown to the vocabulary "
+                        f"of {len(tokenizer):,} {tokenizer.unit}")
     cut = max(words.cut_share for words in statistics)
     if cut > MAX_CUT:
         longest = max(words.lengths.max(initial=0) for words in statistics)
-        warnings.append(f"{cut:.0%} of the captions are cut to {tokenizer.context_length} words, "
-                        f"the longest has {longest}: --context-length {longest} keeps all words")
+        warnings.append(f"{cut:.0%} of the captions are cut to {tokenizer.context_length} "
+                        f"{tokenizer.unit}, the longest has {longest}: --context-length {longest} "
+                        f"keeps all {tokenizer.unit}")
     if 0 < len(splits[-1]) < MIN_IMAGES:
         warnings.append(f"recall over only {counted(len(splits[-1]), 'images')} moves in steps of "
                         f"{100 / len(splits[-1]):.0f} points and says little: use more images")

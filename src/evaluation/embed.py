@@ -33,7 +33,10 @@ def embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def embed_tokens(model: DualEncoder, tokens: torch.Tensor, batch_size: int = 4096) -> torch.Tensor:
-    """Embed captions with a model in eval mode: (M, L) token ids -> (M, D) float32 on the CPU."""
+    """Embed captions with a model in eval mode: (M, L) token ids -> (M, D) float32 on the CPU.
+
+    Instead of token ids, (M, E) features of a frozen text encoder.
+    """
     return _embed_tokens(model, tokens, batch_size).cpu()
 
 
@@ -45,12 +48,14 @@ def embed_images(model: DualEncoder, dataset: Flickr30kDataset) -> torch.Tensor:
 def evaluate_retrieval(model: DualEncoder, dataset: Flickr30kDataset) -> dict[str, float]:
     """Return the retrieval metrics of a split: all its images against all their captions.
 
-    All ranks embed images; rank 0 computes the metrics, on the device of the model.
+    All ranks embed; rank 0 computes the metrics, on the device of the model.
     """
     images = _embed_images(model, dataset)
+    parts = split_evenly(len(dataset))
+    own = _embed_tokens(model, dataset.tokens[parts[rank()].start : parts[rank()].stop])
+    texts = all_gather_with_grad(own, [len(part) for part in parts])
     metrics = None
     if rank() == 0:
-        texts = _embed_tokens(model, dataset.tokens)
         metrics = retrieval_metrics(images, texts, dataset.image_index)
     return broadcast_object(metrics)
 
@@ -82,5 +87,12 @@ def _embed_pixels(model: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
 def _embed_tokens(
     model: DualEncoder, tokens: torch.Tensor, batch_size: int = 4096
 ) -> torch.Tensor:
-    tokens = copy_to_device(tokens, model.logit_scale.device)
-    return torch.cat([model.encode_text(part) for part in tokens.split(batch_size)])
+    device = model.logit_scale.device
+    # A bag of words takes no time, and keeps all its digits.
+    is_bert = model.config.text_encoder == "bert"
+    dtype = compute_dtype(device) if is_bert else torch.float32
+    parts = copy_to_device(tokens, device).split(batch_size // 4 if is_bert else batch_size)
+    with autocast(device, dtype):
+        return torch.cat([model.encode_text(part) for part in tqdm(
+            parts, desc="embedding texts", unit="batch", leave=False, delay=2, file=sys.stderr,
+            disable=None if is_bert and rank() == 0 else True)])

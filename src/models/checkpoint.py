@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from src.models.bert import SubwordTokenizer, check_config
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import UserError
@@ -33,6 +34,8 @@ def save_checkpoint(
 ) -> None:
     """Write `model_state`, `vocab`, the model's config, and `extra` plain values or states.
 
+    `vocab` maps words to ids; of BERT it is the content of tokenizer.json.
+
     Raises:
         UserError: the file cannot be written; an earlier file of that name is intact.
     """
@@ -50,6 +53,8 @@ def _check_shapes(config: ModelConfig, state: dict[str, torch.Tensor]) -> None:
 
     The config of an untrusted file may ask for a vocabulary of 10^12 words.
     """
+    if config.text_encoder == "bert":
+        check_config(config.text_config, len(state))
     with torch.device("meta"):
         expected = DualEncoder(config).state_dict()
     for name, tensor in expected.items():
@@ -108,11 +113,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _check_shapes(config, content["model_state"])
         model = DualEncoder(config)
         model.load_state_dict(content["model_state"])
-        tokenizer = Tokenizer(content["vocab"], model.config.context_length)
+        kind = SubwordTokenizer if config.text_encoder == "bert" else Tokenizer
+        tokenizer = kind(content["vocab"], config.context_length)
         if not isinstance(content.get("args", {}), dict):
             raise TypeError("args is not a dictionary")
-        if len(tokenizer) != model.config.vocab_size:
-            raise ValueError(f"{len(tokenizer)} words for {model.config.vocab_size} embeddings")
+        if len(tokenizer) != config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} words for {config.vocab_size} embeddings")
+        if config.text_encoder == "bert":
+            model.text_encoder.check_tokenizer(tokenizer)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
     return Checkpoint(model.eval(), tokenizer, content)
@@ -121,7 +129,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def save_compact(
     path: Path, model: DualEncoder, tokenizer: Tokenizer, **extra: Any
 ) -> None:
-    """Write a checkpoint in half precision with each word stored in the shared space.
+    """Write a checkpoint of a bag of words in half precision, with its words in the shared space.
 
     The text projection is folded into the words and becomes the identity, which changes embeddings
     only by the rounding to half precision. The file is a checkpoint like any other.

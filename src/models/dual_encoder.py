@@ -1,4 +1,4 @@
-"""CLIP's architecture with an EfficientNet as image encoder and a bag of words as text encoder.
+"""CLIP's architecture with an EfficientNet as image encoder and a bag of words or BERT for texts.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from src.models.bert import BertEncoder
 from src.models.image_encoder import ImageEncoder
 from src.models.projection import ProjectionHead
 from src.models.text_encoder import TextEncoder
@@ -25,32 +26,42 @@ class ModelConfig:
     vocab_size: int
     image_encoder: str = "efficientnet-b0"
     image_size: int = 224  # side in pixels
-    context_length: int = 32  # words per caption
+    context_length: int = 32  # words or, of BERT, tokens per caption
     token_dim: int = 512
     embed_dim: int = 256
     dropout: float = 0.1
     drop_connect: float = 0.2
     word_dropout: float = 0.0
     flip_tta: bool = False
+    text_encoder: str = "words"  # the bag of words, or "bert"
+    text_config: str = ""  # of BERT: its configuration as JSON
+    text_pooling: str = "mean"  # of BERT: over the tokens, or "cls"
 
 
 class DualEncoder(nn.Module):
     """Embed images and captions in one space, where the similarity is the dot product."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with random weights; `image_encoder.load_weights` loads pretrained ones."""
+        """Build with random weights; `load_weights` of the encoders loads pretrained ones.
+
+        Raises:
+            UserError: the text encoder is a BERT, and transformers is not installed.
+        """
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(
             config.image_encoder, config.image_size, config.drop_connect, config.flip_tta
         )
-        self.text_encoder = TextEncoder(
-            config.vocab_size, config.token_dim, config.word_dropout
+        self.text_encoder = (
+            BertEncoder(config.text_config, config.text_pooling) if config.text_encoder == "bert"
+            else TextEncoder(config.vocab_size, config.token_dim, config.word_dropout)
         )
         self.image_projection = ProjectionHead(
             self.image_encoder.feature_dim, config.embed_dim, config.dropout
         )
-        self.text_projection = ProjectionHead(config.token_dim, config.embed_dim, config.dropout)
+        self.text_projection = ProjectionHead(
+            self.text_encoder.feature_dim, config.embed_dim, config.dropout
+        )
         # CLIP's initial value. From 0, a learning rate of 2e-5 would leave the softmax too flat to
         # learn from for the whole run.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -69,8 +80,16 @@ class DualEncoder(nn.Module):
         return self.image_projection(features)  # (B, D)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embed captions: (B, L) token ids -> (B, D) float32 of unit length, or 0 without words."""
-        return self.text_projection(self.text_encoder(tokens))  # (B, D)
+        """Embed captions.
+
+        Args:
+            tokens: (B, L) token ids; or (B, E) features of a frozen text encoder.
+
+        Returns:
+            (B, D) float32 of unit length, or 0 without words.
+        """
+        features = tokens if tokens.is_floating_point() else self.text_encoder(tokens)  # (B, E)
+        return self.text_projection(features)  # (B, D)
 
     def forward(
         self, images: torch.Tensor, tokens: torch.Tensor
@@ -79,11 +98,13 @@ class DualEncoder(nn.Module):
         return self.encode_image(images), self.encode_text(tokens)
 
     def summary(self) -> str:
-        """Return the image encoder, the size of the vocabulary and of the model as text."""
+        """Return the encoders and the size of the model as text."""
         parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         compiled = ", compiled" if self.image_encoder.compiled else ""
-        return (f"{self.config.image_encoder}, {self.config.vocab_size:,} words, "
-                f"{parameters:.1f} M parameters{compiled}")
+        texts = (f"BERT of {self.text_encoder.layers} layers" if self.config.text_encoder == "bert"
+                 else f"{self.config.vocab_size:,} words")
+        return (f"{self.config.image_encoder}, {texts}, {parameters:.1f} M "
+                f"parameters{compiled}")
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -93,7 +114,7 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def word_embeddings(self) -> torch.Tensor:
-        """Return each word in the shared space: (V, D), not normalized.
+        """Return each word of a bag of words in the shared space: (V, D), not normalized.
 
         The embedding of a text is the normalized mean of the rows of its words, so its similarity
         to an image is a sum over the words.

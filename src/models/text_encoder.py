@@ -10,7 +10,11 @@ from src.models.tokenizer import Tokenizer
 
 
 class TextEncoder(nn.Module):
-    """Average the embeddings of the words of each caption."""
+    """Average the embeddings of the words of each caption.
+
+    Attributes:
+        feature_dim: E, size of the features.
+    """
 
     def __init__(self, vocab_size: int, token_dim: int, word_dropout: float = 0.0) -> None:
         """Initialize the embeddings close to zero.
@@ -21,7 +25,7 @@ class TextEncoder(nn.Module):
             word_dropout: probability with which a word of a caption is left out in training.
         """
         super().__init__()
-        self.word_dropout = word_dropout
+        self.word_dropout, self.feature_dim = word_dropout, token_dim
         self.embedding = nn.Embedding(vocab_size, token_dim, padding_idx=Tokenizer.pad_id)
         # Not nn.Embedding's N(0, 1): at lr 2e-5 AdamW moves a weight by at most 0.2 in 11,000
         # steps, so such words would keep their random directions. The small scale has no other

@@ -66,10 +66,12 @@ class Tokenizer:
         vocab: word -> id; '<pad>' is 0, '<unk>' is 1, then the words in descending frequency.
         words: the words in the order of their ids.
         context_length: number of words that are kept of a caption.
+        unit: what is counted, for messages.
     """
 
     pad_id = 0
     unk_id = 1
+    unit = "words"
 
     def __init__(self, vocab: dict[str, int], context_length: int) -> None:
         """Raise ValueError if `vocab` does not number its words 0, 1, 2, ... as above."""
@@ -107,6 +109,10 @@ class Tokenizer:
         tokens = np.full((len(captions), self.context_length), self.pad_id, np.int64)  # (M, L)
         tokens[np.arange(self.context_length) < np.array(lengths)[:, None]] = ids
         return torch.from_numpy(tokens)
+
+    def has_known_word(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return whether each caption has a word of the vocabulary: (M, L) -> (M,) bool."""
+        return (tokens > self.unk_id).any(dim=1)
 
     def word_statistics(self, captions: list[str]) -> WordStatistics:
         """Count the words of captions; of no captions all shares are 0."""

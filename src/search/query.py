@@ -1,8 +1,8 @@
 """Embed a text query, split its scores over its words, and suggest spellings.
 
-The embedding of a text is the mean of its word vectors at unit length. The word vectors of a
-checkpoint are stored beside the index, so a text is embedded without the model, and without torch,
-whose import alone takes seconds.
+With a bag of words, the embedding of a text is the mean of its word vectors at unit length. The
+word vectors of a checkpoint are stored beside the index, so a text is embedded without the model,
+and without torch, whose import alone takes seconds. A BERT is loaded for each search.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,20 @@ from src.utils.errors import UserError, printable
 from src.utils.files import exclusive_lock, fingerprint
 
 if TYPE_CHECKING:
+    from src.models.bert import SubwordTokenizer
     from src.models.dual_encoder import DualEncoder
 
 NEAR_WORDS = 4
 NEGATIVE = re.compile(r"(?<!\S)-(?=[^\W_])\S+")  # "-people", but not "t-shirt" or " - "
+
+
+def describe_model(args: dict, dim: int) -> dict[str, str]:
+    """Return the flags of a training run that describe its model, and the size of an embedding."""
+    names = ("image_encoder", "image_size", "weights", "recipe", "text_encoder", "text_weights")
+    if args.get("text_encoder") != "bert":
+        names = names[:4]
+    return {"dim": str(dim),
+            **{name: str(args[name]) for name in names if args.get(name) is not None}}
 
 
 @dataclass
@@ -63,9 +73,7 @@ class WordTable:
     @property
     def about(self) -> dict[str, str]:
         """Return what the index says about the model, for other programs."""
-        names = ("image_encoder", "image_size", "weights", "recipe")
-        model = {name: str(self.args[name]) for name in names if self.args.get(name) is not None}
-        return {"dim": str(self.dim), **model}
+        return describe_model(self.args, self.dim)
 
     @property
     def dim(self) -> int:
@@ -73,11 +81,141 @@ class WordTable:
         return self.vectors.shape[1]
 
 
+@dataclass
+class TextQuery:
+    """An embedded text.
+
+    Attributes:
+        text: the text as typed.
+        words: its W words in order, and those to avoid as "-word".
+        unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
+        embedding: (D,) float32 unit vector.
+        word_parts: (W, D) float32; their sum is the embedding. Of a BERT: the embedding minus that
+            of the text without the word.
+    """
+
+    text: str
+    words: list[str]
+    unknown: list[str]
+    embedding: np.ndarray
+    word_parts: np.ndarray
+
+    def word_contributions(self, image_embeddings: np.ndarray) -> np.ndarray:
+        """Return what each word adds to the scores of K images: (K, D) -> (K, W).
+
+        With a bag of words the contributions to an image sum to its score. This is exact: the
+        embedding of a text is a scaled sum of word vectors, so its dot product with an image is a
+        sum over the words. With a BERT they are the score minus the score without the word, which
+        have no such sum.
+        """
+        return image_embeddings @ self.word_parts.T
+
+
+@dataclass
+class BertTexts:
+    """The text side of a dual encoder with BERT, in the place of a `WordTable`.
+
+    Attributes:
+        checkpoint: fingerprint of the checkpoint file.
+        args: flags of the training run, which name its image folder.
+        model: in eval mode, on any device.
+        tokenizer: of the model.
+        weak_score: as in `WordTable`.
+    """
+
+    checkpoint: str
+    args: dict
+    model: DualEncoder
+    tokenizer: SubwordTokenizer
+    weak_score: float | None = None
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Return what the index says about the model, for other programs."""
+        return describe_model(self.args, self.dim)
+
+    @property
+    def dim(self) -> int:
+        """Return D, the size of an embedding."""
+        return self.model.config.embed_dim
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Embed texts: the embedding of "beach -people" is that of beach minus that of people.
+
+        Returns:
+            (M, D) float32 of unit length, or 0 for a text without a token of the vocabulary.
+        """
+        from src.evaluation.embed import embed_tokens
+
+        wanted = [NEGATIVE.sub(" ", text).strip() for text in texts]
+        avoided = [[part[1:] for part in NEGATIVE.findall(text)] for text in texts]
+        # Each text once: the variants of a query repeat the words to avoid.
+        distinct = list(dict.fromkeys([*wanted, *(part for parts in avoided for part in parts)]))
+        if not distinct:
+            return np.zeros((0, self.dim), np.float32)
+        tokens = self.tokenizer.encode(distinct, self.model.text_encoder.max_length)  # (T, L)
+        known = self.tokenizer.has_known_word(tokens)[:, None]
+        row = dict(zip(distinct, (embed_tokens(self.model, tokens) * known).numpy(), strict=True))
+        # Without a text to search for there is nothing to subtract from.
+        sums = np.stack([row[text] - sum(row[part] for part in parts) if row[text].any()
+                         else row[text]
+                         for text, parts in zip(wanted, avoided, strict=True)])  # (M, D)
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        return sums / np.where(lengths == 0, 1, lengths)
+
+    def embed_queries(self, texts: list[str]) -> list[TextQuery]:
+        """Return the embedded texts; a word's part is what the embedding loses without the word.
+
+        Raises:
+            UserError: a text has no token of the vocabulary.
+        """
+        limit = self.model.text_encoder.max_length
+        if (self.tokenizer.word_statistics(texts).lengths > limit).any():
+            print(f"note: of each text only the first {limit} tokens are used", file=sys.stderr)
+        queries = []
+        for text in texts:
+            words = text.split()
+            without = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+            embedding, *others = self.embed([text, *without])
+            if not embedding.any():
+                raise UserError(f"no word of {text!r} is known to the model"
+                                + ("; words to avoid need a word to search for"
+                                   if NEGATIVE.search(text) else ""))
+            queries.append(TextQuery(text, words, [], embedding, embedding - np.stack(others)))
+        return queries
+
+
+def text_side(
+    checkpoint: str, model: DualEncoder, tokenizer: Tokenizer, content: dict
+) -> WordTable | BertTexts:
+    """Return what embeds the texts of a loaded checkpoint.
+
+    Args:
+        checkpoint: fingerprint of the file.
+        model, tokenizer, content: of `load_checkpoint`.
+    """
+    args = {name: value for name, value in content.get("args", {}).items()
+            if isinstance(value, str | int | float | list | None)}  # what JSON holds
+    if model.config.text_encoder == "bert":
+        return BertTexts(checkpoint, args, model, tokenizer, weak_score_of(content))
+    return WordTable(checkpoint, tokenizer.words, args, model.word_embeddings().cpu().numpy(),
+                     weak_score_of(content))
+
+
+def weak_score_of(content: dict) -> float | None:
+    """Return the `weak_score` among the metrics of a checkpoint; None if it has none."""
+    metrics = content.get("metrics")
+    score = metrics.get("weak_score") if isinstance(metrics, dict) else None
+    return score if isinstance(score, float) and math.isfinite(score) else None
+
+
 def load_words(
     folder: Path, checkpoint: Path, load: Callable[[], tuple[DualEncoder, Tokenizer, dict]],
     word_vectors: Path | None = None,
-) -> WordTable:
+) -> WordTable | BertTexts:
     """Return the word table of a checkpoint: the one stored in `folder`, or a new one.
+
+    A BERT has no such table: the model embeds the texts, and nothing is stored.
 
     Args:
         folder: where the table is stored, for one checkpoint at a time.
@@ -86,7 +224,8 @@ def load_words(
         word_vectors: pretrained vectors that add words, see `src.models.word_vectors`.
 
     Raises:
-        UserError: the checkpoint or the vectors cannot be read, or the table cannot be written.
+        UserError: the checkpoint or the vectors cannot be read, `word_vectors` are given for a
+            BERT, or the table cannot be written.
     """
     key = fingerprint(checkpoint)
     vectors_key = ""
@@ -113,65 +252,39 @@ def load_words(
         with exclusive_lock(folder / "words.lock"):
             table = stored()
             if table is None:
-                model, tokenizer, content = load()
-                args = {name: value for name, value in content.get("args", {}).items()
-                        if isinstance(value, str | int | float | list | None)}  # what JSON holds
-                words, vectors = tokenizer.words, model.word_embeddings().cpu().numpy()
+                table = text_side(key, *load())
+                if not isinstance(table, WordTable):
+                    if word_vectors:
+                        raise UserError("--word-vectors adds words to a bag of words; the text "
+                                        "encoder of this checkpoint is a BERT")
+                    return table
                 if word_vectors:
                     words, vectors = expand_vocabulary(
-                        words, vectors, *load_word_vectors(word_vectors, set(words)))
-                table = WordTable(key, words, args, vectors, weak_score_of(content))
+                        table.words, table.vectors,
+                        *load_word_vectors(word_vectors, set(table.words)))
+                    table = replace(table, words=words, vectors=vectors)
                 save_matrix(folder, "words", {
                     "checkpoint": key, "word_vectors": vectors_key, "words": table.words,
                     "args": table.args, "weak_score": table.weak_score}, table.vectors)
             return table
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (table := stored()):
-            return table  # on a read-only disk
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # a read-only disk
+            if table := stored():
+                return table
+            if not word_vectors and not isinstance(table := text_side(key, *load()), WordTable):
+                return table
         raise UserError(f"cannot keep word vectors in {folder}: {error.strerror or error}; choose "
                         "another place with --index-dir") from error
 
 
-def weak_score_of(content: dict) -> float | None:
-    """Return the `weak_score` among the metrics of a checkpoint; None if it has none."""
-    metrics = content.get("metrics")
-    score = metrics.get("weak_score") if isinstance(metrics, dict) else None
-    return score if isinstance(score, float) and math.isfinite(score) else None
-
-
-@dataclass
-class TextQuery:
-    """An embedded text.
-
-    Attributes:
-        text: the text as typed.
-        words: its W words in order, and those to avoid as "-word".
-        unknown: the distinct words outside the vocabulary; each is embedded as <unk>.
-        embedding: (D,) float32 unit vector.
-        word_parts: (W, D) float32; their sum is the embedding.
-    """
-
-    text: str
-    words: list[str]
-    unknown: list[str]
-    embedding: np.ndarray
-    word_parts: np.ndarray
-
-    def word_contributions(self, image_embeddings: np.ndarray) -> np.ndarray:
-        """Return what each word adds to the scores of K images: (K, D) -> (K, W).
-
-        The contributions to an image sum to its score. This is exact: the embedding of a text is
-        a scaled sum of word vectors, so its dot product with an image is a sum over the words.
-        """
-        return image_embeddings @ self.word_parts.T
-
-
-def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
+def embed_queries(table: WordTable | BertTexts, texts: list[str]) -> list[TextQuery]:
     """Return the embedded texts; "beach -people" subtracts the vector of a word.
 
     Raises:
         UserError: a text has no known word; the message suggests spellings.
     """
+    if not isinstance(table, WordTable):
+        return table.embed_queries(texts)
     queries = []
     for text in texts:
         words = split_words(NEGATIVE.sub(" ", text))  # all of them: a mean has no context length
@@ -193,6 +306,21 @@ def embed_queries(table: WordTable, texts: list[str]) -> list[TextQuery]:
         queries.append(TextQuery(
             text, [*words, *(f"-{word}" for word in avoided)], unknown, parts.sum(0), parts))
     return queries
+
+
+def embed_texts(table: WordTable | BertTexts, texts: list[str]) -> np.ndarray:
+    """Return the embeddings of M >= 1 texts, (M, D) float32, as those of `embed_queries`.
+
+    Raises:
+        UserError: a text has no known word.
+    """
+    if isinstance(table, WordTable):
+        return np.stack([query.embedding for query in embed_queries(table, texts)])
+    embeddings = table.embed(texts)
+    for text, embedding in zip(texts, embeddings, strict=True):
+        if not embedding.any():
+            raise UserError(f"no word of {text!r} is known to the model")
+    return embeddings
 
 
 def spelling_hints(unknown: list[str], table: WordTable) -> list[str]:

@@ -11,7 +11,8 @@ from src.models.dual_encoder import DualEncoder
 
 
 def build_optimizer(
-    model: DualEncoder, lr: float, weight_decay: float, image_encoder_lr: float | None = None
+    model: DualEncoder, lr: float, weight_decay: float, image_encoder_lr: float | None = None,
+    text_encoder_lr: float | None = None,
 ) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019).
 
@@ -20,18 +21,23 @@ def build_optimizer(
 
     Args:
         model: whose parameters are optimized.
-        lr: learning rate of all parameters, or of all outside the image encoder.
+        lr: learning rate of all parameters that have no other one.
         weight_decay: of the tensors that decay.
         image_encoder_lr: learning rate of the image encoder, which is usually pretrained; None
             for `lr`.
+        text_encoder_lr: the same of a BERT; a bag of words is trained with `lr`.
 
     Returns:
         The optimizer; on a GPU one kernel updates many tensors (`fused`).
     """
     groups = []
-    of_images = {id(p) for p in model.image_encoder.parameters()}
-    for is_image, rate in ((False, lr), (True, image_encoder_lr or lr)):
-        own = [p for p in model.parameters() if (id(p) in of_images) == is_image]
+    encoders = {model.image_encoder: image_encoder_lr or lr}
+    if model.config.text_encoder == "bert":
+        encoders[model.text_encoder] = text_encoder_lr or lr
+    of_encoders = {id(p) for encoder in encoders for p in encoder.parameters()}
+    heads = [p for p in model.parameters() if id(p) not in of_encoders]
+    for own, rate in ((heads, lr), *((list(encoder.parameters()), rate)
+                                     for encoder, rate in encoders.items())):
         groups += [
             {"params": [p for p in own if p.ndim >= 2], "lr": rate, "weight_decay": weight_decay},
             {"params": [p for p in own if p.ndim < 2], "lr": rate, "weight_decay": 0.0},

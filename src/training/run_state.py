@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ from src.utils.tensors import load_tensors
 UNCOMPARED = ("data_dir", "images", "annotations", "cache_dir", "results_dir", "device",
               "save_every", "resume", "strict", "tensorboard")
 # Flags that it may change with a note: the run's length, and what can stop it diverging.
-CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "weight_decay", "chunk_size", "compile",
-              "cuda_graph")
+CHANGEABLE = ("epochs", "lr", "image_encoder_lr", "text_encoder_lr", "weight_decay", "chunk_size",
+              "compile", "cuda_graph")
 # Flags and recipes of earlier versions -> their names today.
 RENAMED_FLAGS = {"mirror_mean": "flip_tta"}
 RENAMED_RECIPES = {"seed": "baseline"}
@@ -182,6 +183,17 @@ class RunState:
                 average_state=self.eval_model.state_dict() if self._average else {},
             )
         self._saved = time.monotonic()
+
+    def report_stop(self, command: str) -> int:
+        """Print that the run was stopped, and the command that continues it.
+
+        Returns:
+            The exit status of a process that the signal ended.
+        """
+        if rank() == 0:
+            print(f"stopped after step {self.progress.step} of epoch {len(self.log) + 1}, and "
+                  f"saved; continue with\n    {command}", file=sys.stderr)
+        return 128 + (self._stop_request.signal or Signals.SIGTERM)  # another rank got the signal
 
     def _save_best(self) -> None:
         """Write the best checkpoint; the first of a new run renames that of an earlier run."""

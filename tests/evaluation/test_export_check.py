@@ -84,6 +84,8 @@ def test_recall_of_model_and_file(model, images, tmp_path, monkeypatch, format, 
     assert card["recall"] == report.recall and card["precision"] == precision
     assert [file.name for file in path.parent.iterdir()] == ["file"]
     if precision == "float32":
+        weak_scores = report.recall.pop("weak_score"), report.model_recall.pop("weak_score")
+        assert weak_scores[0] == pytest.approx(weak_scores[1], abs=1e-4)
         assert report.recall == report.model_recall
         assert report.comparison.difference < 5e-5
     else:
