@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
-from src.models.checkpoint import export_image_encoder, save_checkpoint
+from src.models.checkpoint import save_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
+from src.models.export import image_card, prepare_image_encoder
 from src.models.image_encoder import ImageEncoder
 from src.models.tokenizer import Tokenizer
 from src.utils.errors import UserError
@@ -118,7 +119,7 @@ def test_files_of_this_project_are_loaded_as_weights(kind, tmp_path):
     if kind == "checkpoint":
         save_checkpoint(path, model, Tokenizer.from_captions(["word"], 1, 4), args={})
     else:
-        export_image_encoder(path, model, resize=34)
+        prepare_image_encoder(model, "torch", resize=34).write(path, image_card(model, resize=34))
     encoder = ImageEncoder("efficientnet-b0", 32)
     encoder.load_weights(str(path))
     for name, value in model.image_encoder.backbone.state_dict().items():
