@@ -146,8 +146,9 @@ class Browser:
         for kind in ("browser", "performance"):
             self.browser.get_log(kind)  # clear the log
         self.browser.get(url + fragment)
-        self.until(lambda: self.js("return dim > 0 && photos.count === photos.total && drawn !== ''"
-                                   " && vocabulary.codes !== null && !waiting"))
+        self.until(lambda: self.js(  # at first the document may still be the one before
+            "return typeof dim === 'number' && dim > 0 && photos.count === photos.total"
+            " && vocabulary.codes !== null && drawn !== '' && !waiting"))
 
     def js(self, script: str, *arguments: Any) -> Any:
         """Run a script in the page."""
