@@ -97,7 +97,7 @@ def changed_flags(flags: dict) -> list[str]:
     """Return the flags of a run that differ from its recipe, without paths."""
     changed = [f"--recipe {flags['recipe']}", f"--image-encoder {flags['image_encoder']}"]
     for name, default in RECIPES[flags["recipe"]].items():
-        flag, value = name.replace("_", "-"), flags[name]
+        flag, value = name.replace("_", "-"), flags.get(name, default)
         if isinstance(value, bool):
             changed += [f"--{flag}" if value else f"--no-{flag}"] * (value != default)
         elif value != default:
