@@ -154,11 +154,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_training_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
-    cli.check_text_flags(args)
     results = cli.resolve_results(args)
-    if not args.resume:
-        run_state.check_no_unfinished_run(results, cli.plain_values(args))
     if not args.resume or (args.resume == "auto" and not run_state.has_run(results)):
+        cli.check_text_flags(args)
+        if not args.resume:
+            run_state.check_no_unfinished_run(results, cli.plain_values(args))
         return args, None
     resumed = run_state.load_run(results)
     # Flags that the version of the run did not have yet get their baseline values.
@@ -238,7 +238,7 @@ def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype
     check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
                      batchnorm_trained=unfrozen and not args.freeze_batchnorm)
     note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
-    if note:
+    if note and distributed.rank() == 0:
         print(note, file=sys.stderr)
 
 

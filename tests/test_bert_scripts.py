@@ -127,6 +127,17 @@ def test_a_killed_run_resumes_to_the_same_bits_without_the_folder(run, trained, 
     assert differences(states(results), states(trained)) == []
 
 
+def test_a_resumed_run_takes_another_learning_rate_of_its_bert(run, trained, capsys):
+    """Its flags are the defaults: those of BERT need no --text-encoder bert."""
+    results = shutil.copytree(trained, run.folder / "longer")
+    assert train.main(["--resume", "--results-dir", str(results), "--epochs", "3",
+                       "--text-encoder-lr", "1e-4"]) == 0
+    assert "--text-encoder-lr was 0.01, is 0.0001" in capsys.readouterr().err
+    last = torch.load(results / LAST, weights_only=True)
+    assert sorted({group["initial_lr"] for group in last["optimizer_state"]["param_groups"]}) \
+        == [1e-4, 1e-3]
+
+
 def test_evaluation_gives_the_metrics_of_training(trained, capsys):
     """evaluate.py computes from the file what training computed."""
     assert evaluate.main(["--results-dir", str(trained), "--device", "cpu",
