@@ -7,9 +7,10 @@
     python train_image_only.py --pretrained --images ~/Pictures
 
 The file holds the weights of the EfficientNet and of its projection, and a
-model card: name, image size, mean, standard deviation, recall. Before it gets
-its name it is read back and compared with the model, on validation images of
-the training run, on those of --images, or else on generated images.
+model card: name, image size, mean, standard deviation, recall. Each file is
+read back and compared with the model, on validation images of the training
+run, on those of --images, or else on generated images. Files get their names
+only if all of them agree with the model.
 docs/export.md has examples that use the files without this project.
 """
 
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     start_script("PyTorch")  # before the imports, which take seconds
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from datetime import date
@@ -64,7 +66,7 @@ from src.models.export import (
 )
 from src.search.update_index import find_images
 from src.utils.errors import UserError
-from src.utils.files import fingerprint
+from src.utils.files import fingerprint, replace_on_success
 from src.utils.paths import PRETRAINED
 from src.utils.runtime import tune_malloc
 
@@ -91,13 +93,19 @@ def main(argv: list[str] | None = None) -> int:
     tune_malloc()
     images, what = open_images(given, args, checkpoint)
     output = args.output or results.exported.with_suffix(FORMATS[args.format])
+    text_output = results.exported_text
+    if args.output:
+        text_output = output.with_name(f"{output.stem}_text.npz")
+    text_formats = ("npz", "onnx") if args.format == "onnx" else ("npz",)
+    outputs = [output, *(text_output.with_suffix(f".{each}") for each in text_formats if args.text)]
     about = describe(path, checkpoint.content)
-    export_images(output, args, checkpoint, images, what, about)
-    if args.text:
-        text_output = results.exported_text
-        if args.output:
-            text_output = output.with_name(f"{output.stem}_text.npz")
-        export_text(text_output, args, checkpoint, images, about)
+    with contextlib.ExitStack() as files:  # if one file is not right, none gets its name
+        new, *new_texts = [files.enter_context(replace_on_success(each)) for each in outputs]
+        contents = [export_images(new, args, checkpoint, images, what, about)]
+        for each, format in zip(new_texts, text_formats, strict=False):
+            contents.append(export_text(each, format, args, checkpoint, images, about))
+    for content, each in zip(contents, outputs, strict=True):
+        print(f"exported {content}: {each}")
     return 0
 
 
@@ -211,15 +219,15 @@ def describe(path: Path, content: dict) -> dict[str, Any]:
 
 
 def export_images(
-    output: Path, args: argparse.Namespace, checkpoint: Checkpoint,
+    path: Path, args: argparse.Namespace, checkpoint: Checkpoint,
     images: Flickr30kDataset, what: str, about: dict[str, Any],
-) -> None:
-    """Write the image encoder and print how it compares with the model."""
+) -> str:
+    """Write the image encoder, and print how it compares with the model. Returns what it is."""
     model, _, content = checkpoint
     card = image_card(model, resize=store_size(model.config.image_size), precision=args.precision,
                       float_input=args.float_input) | about
     report = export_image_encoder(
-        output, model, images, card, format=args.format, float_input=args.float_input,
+        path, model, images, card, format=args.format, float_input=args.float_input,
         with_recall=bool(images.captions) and needs_recall(args, content), what=what)
     print(f"compared on {len(report.comparison.expected):,} {what}: {report.comparison}")
     if report.recall:
@@ -227,8 +235,8 @@ def export_images(
     elif args.precision != "float32":
         print(f"recall not measured: the {what.split(' (')[0]} have no captions")
     tta = ", with flip TTA" if model.config.flip_tta else ""
-    print(f"exported {model.config.image_encoder} of epoch {content.get('epoch')}{tta} "
-          f"({output.stat().st_size / 1e6:.1f} MB): {output}")
+    return (f"{model.config.image_encoder} of epoch {content.get('epoch')}{tta} "
+            f"({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def format_recall(report: ImageReport) -> str:
@@ -243,20 +251,16 @@ def format_recall(report: ImageReport) -> str:
 
 
 def export_text(
-    output: Path, args: argparse.Namespace, checkpoint: Checkpoint, images: Flickr30kDataset,
-    about: dict[str, Any],
-) -> None:
-    """Write the text encoder, and print how it compares with the model."""
+    path: Path, format: str, args: argparse.Namespace, checkpoint: Checkpoint,
+    images: Flickr30kDataset, about: dict[str, Any],
+) -> str:
+    """Write the text encoder as npz or onnx. Returns what it is, and how it compares."""
     model, tokenizer, _ = checkpoint
     # A table of words in half precision is small, and nothing is gained by computing in int8.
     precision = "float32" if args.precision == "float32" else "float16"
     card = text_card(model, precision=precision) | about
-    for format in ("npz", "onnx") if args.format == "onnx" else ("npz",):
-        file = output.with_suffix(f".{format}")
-        comparison = export_text_encoder(file, model, tokenizer, images.captions, card,
-                                         format=format)
-        print(f"exported {len(tokenizer):,} words ({file.stat().st_size / 1e6:.1f} MB, "
-              f"{comparison}): {file}")
+    comparison = export_text_encoder(path, model, tokenizer, images.captions, card, format=format)
+    return f"{len(tokenizer):,} words ({path.stat().st_size / 1e6:.1f} MB, {comparison})"
 
 
 if __name__ == "__main__":

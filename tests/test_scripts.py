@@ -25,6 +25,7 @@ import train_image_only
 from src.cli import Parser
 from src.data.images import load_image
 from src.evaluation.embed import evaluate_retrieval
+from src.models import onnx_graph
 from src.models.checkpoint import load_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.training.engine import Progress, train_one_epoch
@@ -1077,6 +1078,29 @@ def test_export_of_other_files(trained, tmp_path):
     assert {path.name for path in output.parent.iterdir()} == {"encoder.pth", "encoder_text.npz"}
     with pytest.raises(UserError, match="encoder.pth holds image encoder"):
         train_image_only.main(["--checkpoint", str(output), "--output", str(tmp_path / "x.pth")])
+
+
+@pytest.mark.parametrize("part", ["image", "text"])
+def test_an_export_that_does_not_agree_leaves_nothing(trained, tmp_path, monkeypatch, part):
+    """Not of the other encoder either; earlier files are intact."""
+    for package in ("onnxruntime", "onnx"):
+        pytest.importorskip(package)
+    models = tmp_path / "models"
+    names = {f"{encoder}_encoder_from_clip{suffix}" for encoder, suffix in (
+        ("image", ".onnx"), ("text", ".npz"), ("text", ".onnx"))}
+    models.mkdir()
+    for name in names:
+        (models / name).write_text("earlier")
+    graph = getattr(onnx_graph, f"{part}_graph")
+    other = DualEncoder(load_checkpoint(trained / BEST).model.config).eval()
+    monkeypatch.setattr(onnx_graph, f"{part}_graph", {
+        "image": lambda model, **options: graph(other, **options),
+        "text": lambda vectors: graph(vectors[::-1])}[part])
+    with pytest.raises(UserError, match="does not agree with the model"):
+        export("--checkpoint", trained / BEST, "--results-dir", tmp_path, "--format", "onnx",
+               "--text")
+    assert {path.name for path in models.iterdir()} == names
+    assert {path.read_text() for path in models.iterdir()} == {"earlier"}
 
 
 def test_export_in_all_formats(trained, tmp_path, capsys):

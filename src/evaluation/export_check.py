@@ -1,4 +1,4 @@
-"""Export encoders, each file compared with the model before it gets its name."""
+"""Export encoders, and compare each file with the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from src.models.export import (
 )
 from src.models.tokenizer import Tokenizer, split_words
 from src.utils.errors import UserError
-from src.utils.files import replace_on_success
 
 BATCH_SIZE = 16
 COMPARED = 32  # images, where recall is not measured
@@ -99,14 +98,14 @@ def export_image_encoder(
     path: Path, model: DualEncoder, images: Flickr30kDataset, card: dict[str, Any], *,
     format: str, float_input: bool = False, with_recall: bool = False, what: str = "images",
 ) -> ImageReport:
-    """Write an image encoder, read it back, and compare it with the model; then name it `path`.
+    """Write an image encoder, read it back, and compare it with the model.
 
     A file of lower precision is compared within a wide margin, so the same file in float32 is
     compared first: that finds a mistake in the crop or the normalization. int8 is calibrated on
     images that are spread evenly over all.
 
     Args:
-        path: the file to write.
+        path: the file to write; temporary, as it is there even if an error is raised.
         model: in eval mode, on the CPU.
         images: to compare on.
         card: of `image_card`; it names the precision. Measured recall is added to it.
@@ -117,27 +116,26 @@ def export_image_encoder(
 
     Raises:
         UserError: the file does not agree with the model, cannot be written, or a package is not
-            installed. An earlier file of that name is intact.
+            installed.
     """
     some = spread(len(images.records), COMPARED)
     rows = np.arange(len(images.records)) if with_recall else some
     model_recall = recall = None
-    with replace_on_success(path) as new:
-        for precision in dict.fromkeys(("float32", card["precision"])):
-            export = prepare_image_encoder(
-                model, format, resize=card["resize"], precision=precision, float_input=float_input,
-                calibration=batches(images, spread(len(images.records), CALIBRATED)))
-            export.write(new, {**card, "precision": precision})
-            is_last = precision == card["precision"]
-            embed, _ = load_image_encoder(new, format)
-            comparison = compare_images(model, embed, images, rows if is_last else some)
-            comparison.check(precision, what)
-        if with_recall:
-            model_recall = measure_recall(model, comparison.expected, images)
-            recall = measure_recall(model, comparison.actual, images)
-            export.write(new, {**card, "recall": recall})
-            embed, _ = load_image_encoder(new, format)
-            compare_images(model, embed, images, some).check(card["precision"], what)
+    for precision in dict.fromkeys(("float32", card["precision"])):
+        export = prepare_image_encoder(
+            model, format, resize=card["resize"], precision=precision, float_input=float_input,
+            calibration=batches(images, spread(len(images.records), CALIBRATED)))
+        export.write(path, {**card, "precision": precision})
+        is_last = precision == card["precision"]
+        embed, _ = load_image_encoder(path, format)
+        comparison = compare_images(model, embed, images, rows if is_last else some)
+        comparison.check(precision, what)
+    if with_recall:
+        model_recall = measure_recall(model, comparison.expected, images)
+        recall = measure_recall(model, comparison.actual, images)
+        export.write(path, {**card, "recall": recall})
+        embed, _ = load_image_encoder(path, format)
+        compare_images(model, embed, images, some).check(card["precision"], what)
     return ImageReport(comparison, model_recall, recall)
 
 
@@ -145,10 +143,10 @@ def export_text_encoder(
     path: Path, model: DualEncoder, tokenizer: Tokenizer, captions: list[str],
     card: dict[str, Any], *, format: str,
 ) -> Comparison:
-    """Write a text encoder, read it back, and compare it with the model; then name it `path`.
+    """Write a text encoder, read it back, and compare it with the model.
 
     Args:
-        path: the file to write.
+        path: see `export_image_encoder`.
         model: in eval mode, on the CPU.
         tokenizer: of the model.
         captions: see `compare_texts`.
@@ -159,12 +157,11 @@ def export_text_encoder(
         UserError: see `export_image_encoder`; or the text encoder is not a bag of words.
     """
     export = prepare_text_encoder(model, tokenizer, precision=card["precision"])
-    with replace_on_success(path) as new:
-        write = export.write_onnx if format == "onnx" else export.write_npz
-        write(new, card)
-        embed, _ = load_text_encoder(new, format)
-        comparison = compare_texts(model, embed, tokenizer, captions)
-        comparison.check(card["precision"], "texts")
+    write = export.write_onnx if format == "onnx" else export.write_npz
+    write(path, card)
+    embed, _ = load_text_encoder(path, format)
+    comparison = compare_texts(model, embed, tokenizer, captions)
+    comparison.check(card["precision"], "texts")
     return comparison
 
 
