@@ -129,19 +129,19 @@ def open_split(
 
 
 def report_mistakes(path: Path, model: DualEncoder, dataset: Flickr30kDataset) -> None:
-    """Draw the worst mistakes; print for how many the words of the captions are no difference."""
+    """Draw the worst mistakes; print how many confuse images whose captions have the same words."""
     mistakes = find_mistakes(model, dataset)
     if not mistakes:
         print("every caption ranks its own image first: there are no mistakes to draw")
         return
     plot_mistakes(path, dataset, mistakes)
     same = sum(mistake.same_words for mistake in mistakes)
-    # What a bag of words cannot distinguish, a BERT may.
-    so = ("" if model.config.text_encoder == "bert" else
-          ", so that a bag of words cannot distinguish the two")
+    # A BERT may distinguish them, by the order of the words.
+    consequence = ("" if model.config.text_encoder == "bert" else
+                   ", so that a bag of words cannot distinguish the two")
     print(f"{len(mistakes):,} of {len(dataset):,} captions do not rank their own image first; "
-          f"for {same:,} of them the best other image\nhas all of their words in its captions{so}"
-          f"\nthe worst mistakes: {path}")
+          f"for {same:,} of them the best other image\nhas all of their words in its captions"
+          f"{consequence}\nthe worst mistakes: {path}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,14 @@ from src.search.answers import (
     format_answer,
 )
 from src.search.manage import index_folder, list_indexes, remove_if_failed, remove_index
-from src.search.query import TextQuery, WordTable, embed_queries, load_words, spelling_hints
+from src.search.query import (
+    BertTexts,
+    TextQuery,
+    WordTable,
+    embed_queries,
+    load_words,
+    spelling_hints,
+)
 from src.search.update_index import end_updates, help_update, update_index
 from src.utils.errors import UserError, counted, printable, shorten_lines
 from src.utils.paths import DataPaths, ResultPaths
@@ -250,7 +257,9 @@ def read_queries(args: argparse.Namespace) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def embed_each(table: WordTable, texts: list[str]) -> tuple[list[TextQuery], dict[str, str]]:
+def embed_each(
+    table: WordTable | BertTexts, texts: list[str]
+) -> tuple[list[TextQuery], dict[str, str]]:
     """Return the embedded texts, and the errors of those without a known word.
 
     Raises:
@@ -274,7 +283,9 @@ def embed_each(table: WordTable, texts: list[str]) -> tuple[list[TextQuery], dic
     return queries, errors
 
 
-def resolve_folders(argv: list[str] | None, table: WordTable) -> tuple[list[Path], DataPaths]:
+def resolve_folders(
+    argv: list[str] | None, table: WordTable | BertTexts
+) -> tuple[list[Path], DataPaths]:
     """Return the image folders, each once, and the paths of the first one's captions."""
     args = cli.defaults_from_checkpoint(make_parser(), argv, {"args": table.args})
     given = args.images if isinstance(args.images, list) else []

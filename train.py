@@ -100,8 +100,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
     scaler = runtime.grad_scaler(device, dtype)
     optimizer = build_optimizer(
         model, args.lr, args.weight_decay, args.image_encoder_lr, args.text_encoder_lr)
-    use_graph = args.cuda_graph and args.text_encoder == "words"  # not tested with BERT
-    graphed = graphed_step(optimizer, scaler, args.chunk_size) if use_graph else None
+    graphed = graphed_step(model, optimizer, scaler, args.chunk_size) if args.cuda_graph else None
     with runtime.stop_on_request() as stop_request:
         run = run_state.RunState(
             model, tokenizer, optimizer, scaler, results=results, flags=cli.plain_values(args),
@@ -152,6 +151,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Checkpoint |
     cli.add_split_arguments(parser)
     cli.add_model_arguments(parser)
     cli.add_training_arguments(parser)
+    cli.add_machine_arguments(parser)
     cli.apply_recipe(parser, argv)
     args = parser.parse_args(argv)
     results = cli.resolve_results(args)

@@ -141,7 +141,7 @@ def time_steps(
     device = model.logit_scale.device
     dtype = compute_dtype(device)
     optimizer, scaler = build_optimizer(model, 1e-4, 0.01), grad_scaler(device, dtype)
-    graphed = graphed_step(optimizer, scaler, None) if graph else None
+    graphed = graphed_step(model, optimizer, scaler, None) if graph else None
     average = MovingAverage(model, ema_decay) if ema_decay else None
     batch = dataset.batch(
         sample_batches(dataset, batch_size, captions_per_image, seed=0, epoch=1)[0]).to(device)

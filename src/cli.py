@@ -21,7 +21,6 @@ from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
            "--recipe seed": "--recipe baseline"}
 
-
 DEMO_RESULTS = Path("results/demo")
 
 
@@ -237,10 +236,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the recipe and of the machine."""
-    from src.training import cuda_graph  # imports torch
-    from src.utils.runtime import PRECISIONS
-
+    """Add the flags that a recipe sets, and those of the frozen encoders."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=RECIPES,
                        help="defaults for the training and model flags; a flag on the command line "
@@ -256,8 +252,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-encoder-lr", type=positive_float, metavar="LR",
                        help="learning rate of the image encoder (default: --lr)")
     group.add_argument("--text-encoder-lr", type=positive_float, metavar="LR",
-                       help="learning rate of --text-encoder bert (default: %(default)s; None is "
-                       "--lr)")
+                       help="learning rate of --text-encoder bert; None for --lr (default: "
+                       "%(default)s)")
     group.add_argument("--weight-decay", type=non_negative_float, metavar="X",
                        help="weight decay of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=("constant", "cosine"),
@@ -281,37 +277,42 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze-batchnorm", action=argparse.BooleanOptionalAction,
                        help="normalize with the running statistics of the initial weights "
                        "(default: %(default)s)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto",
-                         help="device to train on, such as cpu, cuda, cuda:1 or mps (default: "
-                         "%(default)s)")
-    machine.add_argument("--precision", choices=PRECISIONS, default="auto",
-                         help="precision of matrix products and convolutions in training; auto is "
-                         "bfloat16 if the device supports it (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                         help="compile the image encoder with torch.compile, which takes a minute "
-                         "or more at the first step (default: %(default)s)")
-    machine.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
-                         default=cuda_graph.ENABLED,
-                         help="on one GPU, replay the training step as a CUDA graph, without the "
-                         "time that launching its kernels takes; no effect with --chunk-size, BERT "
-                         "or in float16 (default: %(default)s)")
-    machine.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
-                         help="train the batch of each process in chunks of this size: the same "
-                         "gradient in less memory, for a second forward pass; BatchNorm, unless "
-                         "frozen, then sees one chunk (default: off)")
-    machine.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
-                         help="save within an epoch too, so that a power cut costs at most this "
-                         "time (default: %(default)s)")
-    machine.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-                         help="also write the curves for TensorBoard, to RESULTS_DIR/tensorboard "
-                         "(default: %(default)s)")
-    machine.add_argument("--deterministic", action="store_true",
-                         help="give the same bits in every run on a GPU too, at some cost in "
-                         "speed; a CPU always does")
-    machine.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
-                         help="continue the run in --results-dir with its flags; auto: continue it "
-                         "if there is one, and start it otherwise")
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the device and of the saved run."""
+    from src.utils.runtime import PRECISIONS  # imports torch
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto",
+                       help="device to train on, such as cpu, cuda, cuda:1 or mps (default: "
+                       "%(default)s)")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto",
+                       help="precision of matrix products and convolutions in training; auto is "
+                       "bfloat16 if the device supports it (default: %(default)s)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="compile the image encoder with torch.compile, which takes a minute "
+                       "or more at the first step (default: %(default)s)")
+    group.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
+                       help="on one GPU, replay the training step as a CUDA graph, without the "
+                       "time that launching its kernels takes; no effect with --chunk-size, BERT "
+                       "or in float16 (default: %(default)s)")
+    group.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
+                       help="train the batch of each process in chunks of this size: the same "
+                       "gradient in less memory, for a second forward pass; BatchNorm, unless "
+                       "frozen, then sees one chunk (default: off)")
+    group.add_argument("--save-every", type=non_negative_float, default=10.0, metavar="MINUTES",
+                       help="save within an epoch too, so that a power cut costs at most this "
+                       "time (default: %(default)s)")
+    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                       help="also write the curves for TensorBoard, to RESULTS_DIR/tensorboard "
+                       "(default: %(default)s)")
+    group.add_argument("--deterministic", action="store_true",
+                       help="give the same bits in every run on a GPU too, at some cost in "
+                       "speed; a CPU always does")
+    group.add_argument("--resume", nargs="?", const=True, default=False, choices=("auto",),
+                       help="continue the run in --results-dir with its flags; auto: continue it "
+                       "if there is one, and start it otherwise")
 
 
 def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:

@@ -89,9 +89,9 @@ def make_batch(dataset: Flickr30kDataset, device: torch.device, size: int = 16) 
     return dataset.batch(sample_batches(dataset, size, 2, seed=0, epoch=1)[0]).to(device)
 
 
-def make_graphed(optimizer: torch.optim.Optimizer) -> GraphedStep:
+def make_graphed(model: DualEncoder, optimizer: torch.optim.Optimizer) -> GraphedStep:
     """Return what train.py makes for --cuda-graph."""
-    return graphed_step(optimizer, torch.amp.GradScaler("cuda", enabled=False), None)
+    return graphed_step(model, optimizer, torch.amp.GradScaler("cuda", enabled=False), None)
 
 
 def step_gradients(
@@ -264,7 +264,7 @@ def run_epochs(
         optimizer = build_optimizer(model, 2**-10, 0.01)
         if state:
             optimizer.load_state_dict(state)
-        return optimizer, make_graphed(optimizer) if graph else None
+        return optimizer, make_graphed(model, optimizer) if graph else None
 
     def train_epoch(epoch: int, progress: Progress | None = None) -> Progress:
         def after_step(progress: Progress) -> bool:
@@ -321,7 +321,8 @@ def test_the_host_does_not_wait_in_a_step(dataset, monkeypatch, graph):
     average = MovingAverage(model, 0.9)
     cached = cache_on_device(dataset, CUDA)
     optimizer = build_optimizer(model, 1e-3, 0.01)
-    options = {"dtype": torch.bfloat16, "graphed": make_graphed(optimizer) if graph else None}
+    graphed = make_graphed(model, optimizer) if graph else None
+    options = {"dtype": torch.bfloat16, "graphed": graphed}
     train_steps(model, cached, optimizer, 2, **options)  # cuDNN's measurements, the capture
 
     def after_step(progress):

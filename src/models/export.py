@@ -157,7 +157,7 @@ def load_image_encoder(path: Path, format: str) -> tuple[ImageFunction, dict[str
     and returns (B, D) float32 of unit length.
 
     Raises:
-        UserError: the file cannot be read, or a package is not installed.
+        UserError: a package is not installed.
     """
     if format == "onnx":
         run, metadata = onnx_runtime.load_graph(path)
@@ -270,8 +270,8 @@ def prepare_text_encoder(
 def check_text_encoder(model: DualEncoder) -> None:
     """Raise a UserError if the text encoder of a model cannot be exported."""
     if not isinstance(model.text_encoder, TextEncoder):
-        raise UserError("--text exports a bag of words; the text encoder of this checkpoint is of "
-                        f"another kind ({type(model.text_encoder).__name__})")
+        raise UserError("--text exports a bag of words, and the text encoder of this checkpoint is "
+                        "a BERT: leave out --text")
 
 
 def text_card(model: DualEncoder, *, precision: str = "float32") -> dict[str, Any]:
@@ -301,7 +301,7 @@ def load_text_encoder(path: Path, format: str) -> tuple[TextFunction, dict[str, 
         format: npz or onnx.
 
     Raises:
-        UserError: the file cannot be read, or a package is not installed.
+        UserError: a package is not installed.
     """
     if format == "onnx":
         run, metadata = onnx_runtime.load_graph(path)

@@ -113,7 +113,7 @@ class TextQuery:
 
 @dataclass
 class BertTexts:
-    """The text side of a dual encoder with BERT, in the place of a `WordTable`.
+    """What text queries need of a checkpoint with BERT: the counterpart of a `WordTable`.
 
     Attributes:
         checkpoint: fingerprint of the checkpoint file.
@@ -215,7 +215,7 @@ def load_words(
 ) -> WordTable | BertTexts:
     """Return the word table of a checkpoint: the one stored in `folder`, or a new one.
 
-    A BERT has no such table: the model embeds the texts, and nothing is stored.
+    With a BERT there is no such table: its model embeds the texts, and nothing is stored.
 
     Args:
         folder: where the table is stored, for one checkpoint at a time.

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from src.data.dataset import Batch
+from src.models.dual_encoder import DualEncoder
 from src.utils.distributed import world_size
 from src.utils.runtime import copy_to_device
 
-ENABLED = True  # the default of --cuda-graph
 WARM_UP = 3  # eager steps in which cuDNN chooses its kernels
 MAX_GRAPHS = 4  # shapes of batches: where images have unequal numbers of captions there are many
 
@@ -38,9 +38,9 @@ class _Graph:
 class GraphedStep:
     """Run training steps; from the fourth batch of a shape replay them as a CUDA graph.
 
-    A replay computes the same bits as the step: torch seeds a graph's random numbers when it is
-    replayed, and the optimizer reads its learning rates from tensors. If a step cannot be captured
-    a note is printed, and all steps run as they are.
+    A replay computes the same bits as the step, with the learning rates in float32: torch seeds a
+    graph's random numbers when it is replayed, and the optimizer reads its rates from tensors. If a
+    step cannot be captured, a note is printed, and all steps run without a graph.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -147,12 +147,14 @@ class GraphedStep:
 
 
 def graphed_step(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, chunk_size: int | None
+    model: DualEncoder, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    chunk_size: int | None,
 ) -> GraphedStep | None:
     """Return a GraphedStep; None where there is no GPU, or a step is more than one graph.
 
-    That is with several processes, with chunks, and with a scaler, which skips steps.
+    That is with several processes, with chunks, and with a scaler, which skips steps. None also
+    with a BERT, whose steps have not been tested as a graph.
     """
-    on_gpu = optimizer.param_groups[0]["params"][0].is_cuda
-    possible = on_gpu and world_size() == 1 and not chunk_size and not scaler.is_enabled()
+    possible = (model.logit_scale.is_cuda and model.config.text_encoder == "words"
+                and world_size() == 1 and not chunk_size and not scaler.is_enabled())
     return GraphedStep(optimizer) if possible else None
