@@ -55,7 +55,7 @@ from src.search.query import (
 )
 from src.search.update_index import end_updates, help_update, update_index
 from src.utils.errors import UserError, counted, printable, shorten_lines
-from src.utils.paths import DataPaths, ResultPaths
+from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # torch, Pillow and the modules that need them are imported where they are used: a text query with
 # an index that is up to date needs neither, and importing torch takes longer than the rest.
@@ -74,13 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     # --- config --------------------------------------------------------------------------------
     args = make_parser().parse_args(argv)
     results = cli.resolve_results(args)
-    indexes = results.indexes(args.pretrained)
+    indexes = results.indexes(args.checkpoint)
     if args.remove_index:
         write_line(remove_index(indexes, args.remove_index))
         return 0
     if args.list_indexes:
-        write_line(list_indexes(results.indexes(pretrained=False),
-                                results.indexes(pretrained=True)))
+        write_line(list_indexes(results.indexes(None), results.indexes(PRETRAINED)))
         return 0
     if "RANK" in os.environ:
         from src.utils import distributed
@@ -103,7 +102,7 @@ def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPath
                         "or --image FILE, or --page DIR")
     checkpoint = cli.find_checkpoint(args, results)
     load = functools.cache(lambda: load_model(checkpoint, args.device))
-    indexes = results.indexes(args.pretrained)
+    indexes = results.indexes(args.checkpoint)
     table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
     if not isinstance(table, WordTable):
         check_bert(args)

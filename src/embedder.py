@@ -65,7 +65,7 @@ class Embedder:
         self.model.to(pick_device(device))
         self.dim = self._texts.dim
         self._index_dir = (Path(index_dir) if index_dir else
-                           ResultPaths(checkpoint.resolve().parents[1]).indexes(pretrained=False))
+                           ResultPaths(checkpoint.resolve().parents[1]).indexes(None))
 
     @classmethod
     def pretrained(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import search
 import train
 from src.embedder import Embedder
 from src.evaluation.embed import embed_tokens
@@ -110,3 +111,27 @@ def test_mistakes_are_named(model: Embedder, folder: Path, tmp_path: Path) -> No
 def test_the_device_of_the_model(model: Embedder) -> None:
     """The model is on the device that was asked for, in eval mode."""
     assert model.model.logit_scale.device == torch.device("cpu") and not model.model.training
+
+
+def test_each_model_has_indexes_of_its_own(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """search.py and Embedder share indexes, and the pretrained model has others.
+
+    So that going from one model to the other embeds nothing again.
+    """
+    results, images = folder / "results", folder / "images"
+    flags = ["red thing", "--images", str(images), "--results-dir", str(results), "--device", "cpu"]
+
+    def embeds() -> bool:
+        return "embedded" in capsys.readouterr().err
+
+    capsys.readouterr()
+    for pretrained in ([], ["--pretrained"]):
+        assert search.main([*flags, *pretrained]) == 0
+        assert embeds()
+    for pretrained in ([], ["--pretrained"]):
+        assert search.main([*flags, *pretrained]) == 0
+        assert not embeds()
+    Embedder(results / "models" / "flickr30k_clip_best.pth", "cpu").search("red", images)
+    assert not embeds()
+    assert search.main(["--list-indexes", "--results-dir", str(results)]) == 0
+    assert capsys.readouterr().out.count(str(images)) == 2

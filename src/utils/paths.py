@@ -53,12 +53,12 @@ class ResultPaths:
         """The best checkpoint of the run before this one."""
         return self.folder / "models" / "flickr30k_clip_best_earlier.pth"
 
-    def indexes(self, pretrained: bool) -> Path:
-        """The folder of the indexes of this folder's own checkpoints, or of the pretrained model.
+    def indexes(self, checkpoint: Path | None) -> Path:
+        """The folder of the indexes made with the pretrained model, or with another checkpoint.
 
-        An index belongs to one checkpoint: in one folder, each would replace that of the other.
+        An index is of one checkpoint: in one folder, each would replace that of the other.
         """
-        return self.folder / ("index_pretrained" if pretrained else "index")
+        return self.folder / ("index_pretrained" if checkpoint == PRETRAINED else "index")
 
     @property
     def exported(self) -> Path:
