@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
               f"{counted(len(dataset), 'captions')}, "
               f"{checkpoint} (epoch {content.get('epoch')})\n")
         print(format_table(metrics))
-        print(f"\n{output}")
+        print(f"\nwritten: {output}")
         if args.mistakes:
             report_mistakes(args.mistakes, model, dataset)
     return 0

@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{title}", *shorten_lines(list(map(printable, messages))), sep="\n  ")
             if len(messages) > MAX_LINES:
                 print("  train.py writes all of them to rejected.csv")
-    if not found and not warnings:
-        print("\nall is well")
+    if not found:
+        print("\nall is well" if not warnings else "\nnothing is wrong; train.py can start")
     return 1 if problems else 0
 
 

@@ -74,10 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     # --- config --------------------------------------------------------------------------------
     args = make_parser().parse_args(argv)
     results = cli.resolve_results(args)
-    indexes = results.folder / "index"
-    if args.list_indexes or args.remove_index:
-        write_line(remove_index(indexes, args.remove_index) if args.remove_index
-                   else list_indexes(indexes))
+    indexes = results.indexes(args.pretrained)
+    if args.remove_index:
+        write_line(remove_index(indexes, args.remove_index))
+        return 0
+    if args.list_indexes:
+        write_line(list_indexes(results.indexes(pretrained=False),
+                                results.indexes(pretrained=True)))
         return 0
     if "RANK" in os.environ:
         from src.utils import distributed
@@ -100,7 +103,7 @@ def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPath
                         "or --image FILE, or --page DIR")
     checkpoint = cli.find_checkpoint(args, results)
     load = functools.cache(lambda: load_model(checkpoint, args.device))
-    indexes = results.folder / "index"
+    indexes = results.indexes(args.pretrained)
     table = load_words(args.index_dir or indexes, checkpoint, load, args.word_vectors)
     if not isinstance(table, WordTable):
         check_bert(args)

@@ -235,9 +235,10 @@ def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype
                 frozen_epochs: int) -> None:
     """Refuse a batch that cannot be trained on; note one that may not fit into memory."""
     unfrozen = frozen_epochs < args.epochs
-    check_batch_size(min(args.batch_size, n_images), args.chunk_size, args.image_size,
+    batch_size = min(args.batch_size, n_images)
+    check_batch_size(batch_size, args.chunk_size, args.image_size,
                      batchnorm_trained=unfrozen and not args.freeze_batchnorm)
-    note = explain_memory(model, args.batch_size, args.chunk_size, dtype) if unfrozen else None
+    note = explain_memory(model, batch_size, args.chunk_size, dtype) if unfrozen else None
     if note and distributed.rank() == 0:
         print(note, file=sys.stderr)
 

@@ -92,8 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         check_text_encoder(checkpoint.model)
     tune_malloc()
     images, what = open_images(given, args, checkpoint)
-    output = args.output or results.exported.with_suffix(FORMATS[args.format])
+    name = f"{'pretrained_' if args.pretrained else ''}{results.exported.stem}"
+    output = args.output or results.exported.with_name(f"{name}{FORMATS[args.format]}")
     text_output = results.exported_text
+    if args.pretrained:  # an export of the user's own model stays
+        text_output = text_output.with_stem(f"pretrained_{text_output.stem}")
     if args.output:
         text_output = output.with_name(f"{output.stem}_text.npz")
     text_formats = ("npz", "onnx") if args.format == "onnx" else ("npz",)

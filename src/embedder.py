@@ -29,7 +29,7 @@ from src.search.query import embed_texts, text_side
 from src.search.update_index import update_index
 from src.utils.errors import UserError
 from src.utils.files import fingerprint
-from src.utils.paths import PRETRAINED
+from src.utils.paths import PRETRAINED, ResultPaths
 from src.utils.runtime import pick_device, tune_malloc
 
 BATCH_SIZE = 64
@@ -45,14 +45,15 @@ class Embedder:
     """
 
     def __init__(
-        self, checkpoint: str | Path, device: str = "auto", index_dir: str | Path = "results/index"
+        self, checkpoint: str | Path, device: str = "auto", index_dir: str | Path | None = None
     ) -> None:
         """Load a checkpoint.
 
         Args:
             checkpoint: written by train.py.
             device: 'auto' (CUDA, then MPS, then the CPU) or a name such as 'cpu' or 'cuda:1'.
-            index_dir: folder of the indexes that `search` keeps.
+            index_dir: folder of the indexes that `search` keeps; None for the one that search.py
+                uses: `index` beside the folder of the checkpoint.
 
         Raises:
             UserError: the checkpoint cannot be read, or there is no such device.
@@ -63,10 +64,13 @@ class Embedder:
         self._texts = text_side(fingerprint(checkpoint), self.model, self.tokenizer, content)
         self.model.to(pick_device(device))
         self.dim = self._texts.dim
-        self._index_dir = Path(index_dir)
+        self._index_dir = (Path(index_dir) if index_dir else
+                           ResultPaths(checkpoint.resolve().parents[1]).indexes(pretrained=False))
 
     @classmethod
-    def pretrained(cls, device: str = "auto", index_dir: str | Path = "results/index") -> Embedder:
+    def pretrained(
+        cls, device: str = "auto", index_dir: str | Path = "results/index_pretrained"
+    ) -> Embedder:
         """Load the model that comes with the repository; the arguments are those of __init__."""
         return cls(PRETRAINED, device, index_dir)
 

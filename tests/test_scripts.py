@@ -986,7 +986,7 @@ def test_untrained_loss_is_near_ln_batch(check, capsys, seed):
 def test_sanity_check_of_a_split_of_one_image(check, capsys):
     """main.py reports what train.py refuses: one validation image."""
     assert check("--val-fraction", "0.05") == 1
-    assert "validation needs at least 2 images and has 1: choose a larger --val-fraction" in \
+    assert "validation needs at least 2 images and has 1: choose --val-fraction 0." in \
         capsys.readouterr().out.split("\nwrong:\n")[1]
 
 

@@ -122,7 +122,8 @@ def find_warnings(
     unknown = max(words.unknown_share for words in statistics)
     if unknown > MAX_UNKNOWN:
         warnings.append(f"{unknown:.0%} of the {tokenizer.unit} are unknown to the vocabulary "
-                        f"of {len(tokenizer):,} {tokenizer.unit}")
+                        f"of {len(tokenizer):,} {tokenizer.unit}"
+                        + (" (--min-freq 1 keeps rare ones)" if tokenizer.unit == "words" else ""))
     cut = max(words.cut_share for words in statistics)
     if cut > MAX_CUT:
         longest = max(words.lengths.max(initial=0) for words in statistics)

@@ -7,6 +7,7 @@ of the same image, and the recall would measure memory.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import unicodedata
 from collections import Counter, defaultdict
@@ -67,7 +68,8 @@ class DataSource:
         if self.annotations.has_split:
             cure = "change the split of the caption files"
         elif split == "val" and len(self.splits["train"]) > 2:
-            cure = "choose a larger --val-fraction"
+            share = 2 / (len(self.splits["train"]) + len(self.splits["val"]))
+            cure = f"choose --val-fraction {math.ceil(100 * share) / 100:g} or more"
         else:
             cure = "add images"
         name = {"train": "training", "val": "validation"}[split]

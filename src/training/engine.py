@@ -302,7 +302,7 @@ def explain_memory(
         return None
     fitting = max(1, 2 ** int(math.log2(max(1, free / 2 / one))))
     return (f"note: a step takes about {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB "
-            f"are free: --chunk-size {fitting} takes {one * fitting / 1e9:.1f} GB, for a second "
+            f"are free:\n--chunk-size {fitting} takes {one * fitting / 1e9:.1f} GB, for a second "
             "forward pass")
 
 

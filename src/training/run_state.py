@@ -112,6 +112,9 @@ class RunState:
         if rank() == 0:
             if not resumed:
                 self.results.archive_last_run()
+                if self.results.best.exists():
+                    print("the best checkpoint of the run before is kept as "
+                          f"{self.results.earlier.name}")
             write_atomic(self.results.folder / "args.json",
                          json.dumps(self.flags, indent=2).encode())
 

@@ -53,6 +53,13 @@ class ResultPaths:
         """The best checkpoint of the run before this one."""
         return self.folder / "models" / "flickr30k_clip_best_earlier.pth"
 
+    def indexes(self, pretrained: bool) -> Path:
+        """The folder of the indexes of this folder's own checkpoints, or of the pretrained model.
+
+        An index belongs to one checkpoint: in one folder, each would replace that of the other.
+        """
+        return self.folder / ("index_pretrained" if pretrained else "index")
+
     @property
     def exported(self) -> Path:
         """The exported image encoder; the suffix is that of its format."""

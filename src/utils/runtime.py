@@ -172,6 +172,8 @@ def stop_on_request() -> Iterator[StopRequest]:
     def record(number: int, frame: object) -> None:
         request.signal = signal.Signals(number)
         restore()
+        if os.environ.get("RANK", "0") == "0":  # not print: it may be what was interrupted
+            os.write(2, b"\nstopping after this step; a second time stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, record)
