@@ -284,10 +284,10 @@ def test_text_file_computes_the_embeddings_of_the_model(
 
 
 def test_other_text_encoders_are_refused(tokenizer):
-    """Only a bag of words is a table."""
+    """The text encoder of a BERT is no table of words."""
     model = make_model(vocab_size=len(tokenizer))
-    model.text_encoder = torch.nn.LSTM(2, 2)
-    with pytest.raises(UserError, match=r"--text exports a bag of words; .* \(LSTM\)"):
+    model.text_encoder = torch.nn.Identity()
+    with pytest.raises(UserError, match="a BERT: leave out --text"):
         prepare_text_encoder(model, tokenizer)
 
 
