@@ -194,7 +194,7 @@ function drawIntro(query) {
   if (shown === "start") {
     intro.replaceChildren(
       el("p", { class: "lead" }, "Describe a photo in a few words."),
-      el("p", {}, `${number(photos.total)} photos are ranked as you type. `
+      el("p", {}, `${photos.total === 1 ? "1 photo is" : `${number(photos.total)} photos are`} ranked as you type. `
         + `The model knows ${words} words and ignores their order. `
         + "A minus sign before a word avoids it."),
       ...chips("Examples", examples));
@@ -220,7 +220,7 @@ function photosNote(query) {
   if (isLost(query)) return ["Nothing found"];
   if (query.waits) return [missingFiles ? "No word is loaded" : "Loading the words …"];
   const order = query.known ? ", the best first" : "";
-  if (photos.count === photos.total) return [`${number(photos.total)} photos${order}`];
+  if (photos.count === photos.total) return [`${number(photos.total)} ${photos.total === 1 ? "photo" : "photos"}${order}`];
   return [`The first ${number(photos.count)} of ${number(photos.total)} photos${order}`,
     missingFiles ? "; others are missing" : "; the others are loading …"];
 }
