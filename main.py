@@ -196,8 +196,9 @@ def check_tokens(source: DataSource, tokenizer: Tokenizer) -> list[str]:
     print(f"lengths    {lengths.min()} to {lengths.max()} words, median {np.median(lengths):.0f}; "
           f"{100 * (lengths > tokenizer.context_length).mean():.2f} % are cut to "
           f"{tokenizer.context_length}")
-    print(f"vocabulary {len(tokenizer):,} words of the training captions; unknown: " + ", ".join(
-        f"{100 * words.unknown_share:.2f} % of {split}" for split, words in statistics.items()))
+    print(f"vocabulary {len(tokenizer):,} words of the training captions\n           unknown: "
+          + ", ".join(f"{100 * words.unknown_share:.2f} % of the words of {split}"
+                      for split, words in statistics.items()))
     example = captions_of(source.splits["train"] or source.splits["val"])[0]
     ids = tokenizer.encode([example])[0]
     print(f"tokens     {example!r}\n           {ids[ids != tokenizer.pad_id].tolist()}\n"
@@ -227,8 +228,9 @@ def check_model(
         loss = contrastive_loss(image_embeddings, text_embeddings,
                                 torch.arange(len(pixels), device=device), model.logit_scale).item()
     expected = math.log(len(pixels))
-    print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} -> embeddings "
-          f"{tuple(image_embeddings.shape)}, {tuple(text_embeddings.shape)} on {device}")
+    print(f"batch      images {tuple(images.shape)}, tokens {tuple(tokens.shape)} on {device}\n"
+          f"           -> embeddings {tuple(image_embeddings.shape)}, "
+          f"{tuple(text_embeddings.shape)}")
     print(f"loss       {loss:.3f} before training (guessing: about ln {len(pixels)} = "
           f"{expected:.2f})")
     if not abs(loss - expected) < 1:

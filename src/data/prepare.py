@@ -132,7 +132,7 @@ def find_warnings(
                         f"keeps all {tokenizer.unit}")
     if 0 < len(splits[-1]) < MIN_IMAGES:
         warnings.append(f"recall over only {counted(len(splits[-1]), 'images')} moves in steps of "
-                        f"{100 / len(splits[-1]):.0f} points and says little: use more images")
+                        f"{100 / len(splits[-1]):.0f} points: use more images")
     return warnings
 
 

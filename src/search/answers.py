@@ -159,6 +159,17 @@ def answer_image(
     return {"image": str(path), "results": results, "captions": best_captions}
 
 
+def _join_lines(parts: list[str], indent: int, width: int = 80) -> list[str]:
+    """Join parts to indented lines of at most `width` columns, as far as each part is shorter."""
+    lines = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"{'':{indent}}{part}")
+    return lines
+
+
 def format_answer(answer: dict, explain: bool) -> str:
     """Return an answer as text: rank, score, path, and the contributions of the words."""
     lines = [printable(answer.get("query") or f"photos like {answer['image']}")]
@@ -170,9 +181,9 @@ def format_answer(answer: dict, explain: bool) -> str:
         more = f"  (+{count} near duplicate{'s' if count > 1 else ''})" if count else ""
         lines.append(f"{result['rank']:4}  {result['score']:6.3f}  {path}{more}")
         if explain and "word_contributions" in result:
-            lines.append(" " * 14 + "  ".join(
-                f"{word}{'?' if word.removeprefix('-') in answer['unknown'] else ''} {value:+.3f}"
-                for word, value in result["word_contributions"]))
+            lines += _join_lines(
+                [f"{word}{'?' if word.removeprefix('-') in answer['unknown'] else ''} {value:+.3f}"
+                 for word, value in result["word_contributions"]], indent=14)
     weak = [result["rank"] for result in answer["results"] if result.get("weak")]
     if weak:
         lines.append(f"      weak matches from number {weak[0]} on: nine in ten correct ones score "

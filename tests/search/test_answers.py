@@ -21,7 +21,7 @@ import search
 from src.models.checkpoint import load_checkpoint, save_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.search.answers import Filter, Library, find_results
+from src.search.answers import Filter, Library, find_results, format_answer
 from src.search.index import ImageIndex
 from src.utils.errors import UserError
 
@@ -478,3 +478,14 @@ def test_a_closed_standard_output_is_one_message(flags: list[str]) -> None:
     done = subprocess.run(["sh", "-c", '"$0" "$@" >&-', sys.executable, "search.py", "red", *flags],
                           cwd=ROOT, text=True, stderr=subprocess.PIPE)
     assert done.returncode == 0 and done.stderr.startswith("note: standard output is closed\n")
+
+
+def test_explained_words_fit_the_terminal() -> None:
+    """Contributions of words are cut into lines of 80 columns, and none is lost or broken."""
+    parts = [f"{'word' * (i % 5)}{i} {i / 7:+.3f}" for i in range(30)] + ["long" * 30 + " +0.100"]
+    lines = format_answer({"query": "q", "unknown": [], "results": [
+        {"rank": 1, "score": 0.5, "path": "p", "duplicates": [],
+         "word_contributions": [(p.split()[0], float(p.split()[1])) for p in parts]}]},
+        explain=True).splitlines()[2:]
+    assert "  ".join(line.strip() for line in lines) == "  ".join(parts)
+    assert max(map(len, lines[:-1])) <= 80 < len(lines[-1])
