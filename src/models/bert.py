@@ -21,6 +21,7 @@ from torch import nn
 
 from src.models.tokenizer import Tokenizer, WordStatistics
 from src.utils.errors import UserError
+from src.utils.script import status
 
 # Bidirectional encoders whose inputs are tokens and a mask.
 MODEL_TYPES = ("albert", "bert", "camembert", "distilbert", "electra", "mpnet", "roberta",
@@ -223,7 +224,7 @@ def load_pretrained(name: str, context_length: int) -> tuple[SubwordTokenizer, s
         name = str(Path(name).expanduser())
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--text-weights {name}: there is no such folder")
-    with _explain(name), _quiet(transformers):
+    with _explain(name), _quiet(transformers), status(f"loading {name}"):
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in MODEL_TYPES:
             raise UserError(f"--text-weights {name} is of type {config.model_type}; these are "
