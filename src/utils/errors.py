@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import textwrap
 
 SHOWN_NAMES = 3  # names in a message that counts more
 MAX_LINES = 10  # of a list that is printed
@@ -22,8 +24,22 @@ class UserError(Exception):
 
 
 def print_error(error: UserError) -> None:
-    """Print the message of an error on standard error."""
-    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+    """Print the message of an error on standard error, on a terminal in lines of its width."""
+    print(fit_terminal(f"error: {printable(str(error))}"), file=sys.stderr, flush=True)
+
+
+def fit_terminal(text: str) -> str:
+    """Break lines between words at the width of the terminal on which standard error is shown.
+
+    Indented lines are commands, and stay whole; so does everything in a log.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        line if line.startswith(" ") else textwrap.fill(
+            line, width, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n"))
 
 
 def printable(text: str) -> str:

@@ -55,6 +55,20 @@ def test_a_log_has_none_of_these_lines() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "counted\n")
 
 
+def test_errors_are_wrapped_on_a_terminal_only() -> None:
+    """Lines break between words at 80 columns; commands and the lines of a log stay whole."""
+    command = "    pip install " + 12 * "some-package "
+    text = 12 * "a-long-word and --a-flag " + "\\n" + command
+    code = ("from src.utils.script import run_script\nfrom src.utils.errors import UserError\n"
+            f"def main():\n    raise UserError('{text}', status=0)\nrun_script(main)")
+    shown = run_in_terminal(sys.executable, "-c", code, COLUMNS="80").replace("\r\x1b[K", "")
+    logged = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    lines = shown.splitlines()
+    assert lines[-1] == command and max(map(len, lines[:-1])) <= 80
+    assert shown.split() == logged.stderr.split()
+    assert [len(line) > 80 for line in logged.stderr.splitlines()] == [True, True]
+
+
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
                                     "train_image_only.py"])
 def test_a_missing_package_is_one_message(script: str) -> None:
