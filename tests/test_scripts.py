@@ -970,7 +970,7 @@ def test_sanity_check_of_good_data(check, capsys):
                  "by image, from seed and file names: train 9, val 3",
                  "0 groups of byte-identical images in train", "% are cut to 32",
                  "words of the training captions",
-                 "images (8, 3, 32, 32), tokens (8, 32) -> embeddings (8, 256), (8, 256)",
+                 "images (8, 3, 32, 32), tokens (8, 32) on ", "-> embeddings (8, 256), (8, 256)",
                  "before training (guessing: about ln 8 = 2.08)", "all is well"):
         assert part in out
 

@@ -311,7 +311,7 @@ def test_reported_files_in_main(
                      ["--images", str(tmp_path / "images"), "--annotations", str(CASES / path),
                       "--image-size", "32", "--min-freq", "1"])
     out = capsys.readouterr().out
-    assert message in out or message == "a.jpg" and "unknown: 0.00 % of train" in out
+    assert message in out or message == "a.jpg" and "unknown: 0.00 % of the words of train" in out
 
 
 @pytest.mark.parametrize("name", other_files())
