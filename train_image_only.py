@@ -127,7 +127,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
                        help="also write the text encoder, as .npz, and with --format onnx as .onnx")
     group.add_argument("--output", type=Path, metavar="FILE",
                        help="file to write; --text adds FILE_text.npz (default: "
-                       "RESULTS_DIR/models/image_encoder_from_clip.pth, .onnx or .safetensors)")
+                       "RESULTS_DIR/models/image_encoder_from_clip.pth, .onnx or .safetensors; "
+                       "with --pretrained pretrained_image_encoder_from_clip)")
 
 
 def open_images(

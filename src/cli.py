@@ -295,8 +295,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
                        "or more at the first step (default: %(default)s)")
     group.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
                        help="on one GPU, replay the training step as a CUDA graph, without the "
-                       "time that launching its kernels takes; no effect with --chunk-size, BERT "
-                       "or in float16 (default: %(default)s)")
+                       "time that launching its kernels takes; no effect with --chunk-size, with "
+                       "BERT or in float16 (default: %(default)s)")
     group.add_argument("--chunk-size", type=positive_int, metavar="IMAGES",
                        help="train the batch of each process in chunks of this size: the same "
                        "gradient in less memory, for a second forward pass; BatchNorm, unless "

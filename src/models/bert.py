@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from src.models.tokenizer import Tokenizer, WordStatistics
-from src.utils.errors import UserError
+from src.utils.errors import UserError, import_optional
 from src.utils.script import status
 
 # Bidirectional encoders whose inputs are tokens and a mask.
@@ -34,17 +34,9 @@ IGNORED_FIELDS = ("architectures", "dtype", "id2label", "label2id", "torch_dtype
 
 
 def import_transformers() -> ModuleType:
-    """Return the package transformers.
-
-    Raises:
-        UserError: it is not installed; the message has the command.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("the text encoder is a BERT, which needs a package that is not installed:\n"
-                        f"    pip install transformers\n({error})") from error
-    return transformers
+    """Return the package transformers; a UserError if it is not installed."""
+    return import_optional("transformers", "the text encoder is a BERT, which needs a package that "
+                           "is not installed:\n    pip install transformers")
 
 
 class SubwordTokenizer(Tokenizer):

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from src.models.dual_encoder import DualEncoder
-from src.utils.errors import UserError
+from src.utils.errors import import_optional
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+NEEDS_PACKAGES = "--format onnx needs other packages: pip install onnx onnxruntime"
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime since version 1.12 of 2022
 CARD = "card"  # name of the model card in the file's metadata
 
@@ -101,17 +102,8 @@ def set_metadata(graph: ModelProto, **values: Any) -> bytes:
 
 
 def import_onnx() -> ModuleType:
-    """Return the package onnx.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise UserError("--format onnx needs other packages: pip install onnx onnxruntime"
-                        ) from error
-    return onnx
+    """Return the package onnx; a UserError if it is not installed."""
+    return import_optional("onnx", NEEDS_PACKAGES)
 
 
 class _Graph:

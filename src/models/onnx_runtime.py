@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.models.onnx_graph import import_onnx
-from src.utils.errors import UserError
+from src.models.onnx_graph import NEEDS_PACKAGES, import_onnx
+from src.utils.errors import import_optional
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -78,14 +78,5 @@ class _Reader:
 
 
 def import_onnxruntime() -> ModuleType:
-    """Return the package onnxruntime.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("--format onnx needs other packages: pip install onnx onnxruntime"
-                        ) from error
-    return onnxruntime
+    """Return the package onnxruntime; a UserError if it is not installed."""
+    return import_optional("onnxruntime", NEEDS_PACKAGES)

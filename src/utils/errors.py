@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import sys
 import textwrap
+from types import ModuleType
 
 SHOWN_NAMES = 3  # names in a message that counts more
 MAX_LINES = 10  # of a list that is printed
@@ -57,6 +59,22 @@ def shorten(names: list[str], separator: str = ", ") -> str:
     """Return the first names of a list as text, and how many more there are."""
     more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
     return printable(separator.join(names[:SHOWN_NAMES])) + more
+
+
+def import_optional(module: str, message: str) -> ModuleType:
+    """Import a module of a package that requirements.txt does not have.
+
+    Args:
+        module: its full name.
+        message: of the error; it has the pip command.
+
+    Raises:
+        UserError: the package is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(message) from error
 
 
 def shorten_lines(lines: list[str]) -> list[str]:

@@ -101,8 +101,8 @@ def free_memory(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None  # not Linux
-    fields = dict(line.split(":") for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return next((1024 * int(line.split()[1]) for line in lines  # "MemAvailable:  1234 kB"
+                 if line.startswith("MemAvailable:")), None)
 
 
 def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, import_optional
 from src.utils.files import write_atomic
 
 
@@ -93,17 +93,9 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def import_safetensors() -> ModuleType:
-    """Return safetensors.torch.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError("the safetensors format needs another package: pip install safetensors"
-                        ) from error
-    return safetensors.torch
+    """Return safetensors.torch; a UserError if the package is not installed."""
+    return import_optional("safetensors.torch", "the safetensors format needs another package: "
+                           "pip install safetensors")
 
 
 def _tensors_of(content: dict[str, Any]) -> Iterator[torch.Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -302,14 +302,10 @@ def test_a_missing_package_is_named(
     """The message is the command that installs it, and no file is written."""
     if missing == "onnxruntime":
         pytest.importorskip("onnx")
-    original = builtins.__import__
-
-    def block(name, *args, **kwargs):
-        if name.split(".")[0] == missing:
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", block)
+    # None stands for a module that cannot be imported.
+    loaded = [name for name in sys.modules if name.split(".")[0] == missing]
+    for name in {missing, *loaded}:
+        monkeypatch.setitem(sys.modules, name, None)
     if format != "read":
         with pytest.raises(UserError, match=install):
             check_packages(format)
