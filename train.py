@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, data: DataPaths, results: ResultPaths, devic
             start = time.perf_counter()
             metrics = evaluate_retrieval(run.eval_model, val_input) if len(val_set) else {}
             is_best = run.finish_epoch(metrics, time.perf_counter() - start)
-            print(format_epoch(run.log[-1], is_best, args.epochs))
+            print(format_epoch(run.log[-1], is_best, args.epochs, frozen_epochs))
     return 0, val_set
 
 

@@ -144,13 +144,15 @@ EPOCH_HEADER = """\
 epoch    loss    R@1   R@5  R@10       R@1   R@5  R@10     rsum     time    left"""
 
 
-def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
+def format_epoch(line: dict, is_best: bool, epochs: int, frozen_epochs: int = 0) -> str:
     """Return one epoch of a run's log as a row below EPOCH_HEADER; `*` marks the best so far.
 
     Args:
         line: of the log; without validation its metrics are empty, and shown as `-`.
         is_best: whether its rsum is the highest so far.
         epochs: of the whole run, to estimate the time that is left.
+        frozen_epochs: of them on features that are computed once. How long the others take is not
+            known before the first of them, so there is no estimate.
     """
     metrics, seconds = line["metrics"], line["time"]["seconds"] + line["time"]["validation_seconds"]
 
@@ -161,7 +163,9 @@ def format_epoch(line: dict, is_best: bool, epochs: int) -> str:
     text_to_image, image_to_text = (
         "".join(cell(f"{direction}_R@{k}", 6) for k in RECALL_AT)
         for direction in ("text_to_image", "image_to_text"))
-    left = format_seconds((epochs - line["epoch"]) * seconds) if line["epoch"] < epochs else ""
+    known = line["epoch"] > frozen_epochs or epochs == frozen_epochs
+    remaining = epochs - line["epoch"]
+    left = format_seconds(remaining * seconds) if remaining and known else ""
     best = "*" if is_best and metrics else " "
     return (f"{line['epoch']:5}{line['loss']:8.3f} {text_to_image}    {image_to_text} "
             f"{cell('rsum', 8)}{best}{format_seconds(seconds):>8}{left:>8}").rstrip()

@@ -199,6 +199,17 @@ def test_an_epoch_is_one_row_of_a_table(is_best, epochs):
         assert row[:end].endswith(value)
 
 
+def test_the_time_of_tuned_epochs_is_not_estimated_from_frozen_ones() -> None:
+    """An epoch on computed features takes a hundredth of the time of those that follow."""
+    frozen, last_frozen, tuned = (
+        format_epoch(log_line(epoch), True, 10, frozen_epochs=3) for epoch in (2, 3, 4))
+    without = format_epoch(log_line(2), True, 2)  # the last epoch: no time is left
+    assert frozen == without and len(last_frozen) == len(without)
+    assert tuned.split()[-1] in ("s", "min") and len(tuned) > len(without)
+    whole_run = format_epoch(log_line(2), True, 10, frozen_epochs=10)
+    assert whole_run == format_epoch(log_line(2), True, 10)
+
+
 def test_an_epoch_without_validation() -> None:
     """The columns of the metrics are empty, and the row is as wide as others."""
     row = format_epoch({**log_line(2), "metrics": {}}, True, 2)
