@@ -1,10 +1,11 @@
-"""Everything that only a GPU can show, in about five minutes, on a machine without a network.
+"""Everything that only a GPU can show, in about fifteen minutes, on a machine without a network.
 
     python -m benchmarks.gpu [--output gpu.jsonl] [--only tests steps ...]
 
-Each part runs in a process of its own under a time limit, and its result is written when it ends,
-so that an interruption loses one part. Nothing is downloaded: weights are random and images
-generated. A part that fails is reported, and the others run.
+Each part runs in a process of its own under a time limit, and its results are written when it ends
+or is stopped: those that it had by then. Nothing is downloaded: weights are random and images
+generated. A part that fails is reported, and the others run. Much of the time is that of the first
+steps of each process and batch, in which cuDNN loads and compares its kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +41,10 @@ from src.training.recipes import RECIPES
 from src.utils.runtime import choose_kernels, compute_dtype, grad_scaler, seed_all
 
 # Part -> seconds that it may take, in the order of what is needed most.
-LIMITS = {"tests": 120, "steps": 60, "strong": 40, "validation": 30, "embedding": 30,
-          "profile": 40, "epoch": 80, "resume": 60, "compiled": 120}
+LIMITS = {"tests": 300, "steps": 240, "strong": 90, "kernels": 90, "validation": 60,
+          "embedding": 60, "profile": 60, "epoch": 240, "resume": 180, "compiled": 240}
 IMAGE_SIZE = 224
+Results = Iterator[tuple[str, object]]  # of a part: a name and a value that json writes
 
 
 def main() -> int:
@@ -57,9 +60,10 @@ def main() -> int:
         print("no GPU: nothing is measured")
         return 0
     if args.part:
+        results = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
-            report = globals()[f"measure_{args.part}"](args.output)
-        print(json.dumps(report))
+            for result in globals()[f"measure_{args.part}"](args.output):
+                print(json.dumps(result), file=results, flush=True)
         return 0
     print(machine(), torch.cuda.get_device_name(), sep=", ")
     computes = torch.ones(1000, device="cuda").sum().item() == 1000  # an emulator may not
@@ -81,7 +85,7 @@ def main() -> int:
 
 
 def run_part(part: str, output_path: Path, patience: int) -> dict:
-    """Return the report of a part, or its error, from a process under the part's time limit.
+    """Return the results of a part, and its error, from a process under the part's time limit.
 
     Args:
         part: of LIMITS.
@@ -94,15 +98,18 @@ def run_part(part: str, output_path: Path, patience: int) -> dict:
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--output", str(output_path)],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    error = {}
     try:
         output, errors = process.communicate(timeout=limit)
-        report = (json.loads(output.splitlines()[-1]) if process.returncode == 0
-                  else {"error": errors.strip()[-1000:]})
+        if process.returncode:
+            error = {"error": errors.strip()[-1000:]}
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        report = {"error": f"stopped after {limit} s"}
-    return {"part": part, "seconds": time.perf_counter() - start, **report}
+        output, _ = process.communicate()
+        error = {"error": f"stopped after {limit} s"}
+    report = dict(json.loads(line) for line in output.splitlines(keepends=True)
+                  if line.endswith("\n"))  # the last one may have been cut
+    return {"part": part, "seconds": time.perf_counter() - start, **report, **error}
 
 
 def make_dataset(count: int, image_size: int = IMAGE_SIZE) -> Flickr30kDataset:
@@ -125,15 +132,18 @@ def make_model(vocab_size: int, **config: object) -> DualEncoder:
 
 def time_steps(
     batch_size: int, compiled: bool = False, captions_per_image: int = 1, ema_decay: float = 0.0,
-    steps: int = 20, graph: bool = False, freeze_batchnorm: bool = False, **config: object,
+    steps: int = 20, graph: bool = False, freeze_batchnorm: bool = False, compare: bool = True,
+    **config: object,
 ) -> dict:
     """Return the time of a training step on a batch on the GPU, and the peak of its memory.
 
     'ms' is of steps one after another, 'host ms' the time in which the host has launched them;
-    'ms alone' is of a step that starts on an idle GPU.
+    'ms alone' is of a step that starts on an idle GPU. Without `compare` cuDNN uses the kernels
+    that its heuristics choose.
     """
     dataset = make_dataset(batch_size)
     model = make_model(8000, **config).train()
+    torch.backends.cudnn.benchmark = compare
     if freeze_batchnorm:
         model.image_encoder.freeze_batchnorm()
     if compiled:
@@ -188,98 +198,103 @@ def try_steps(*args: object, **options: object) -> dict:
         torch.cuda.empty_cache()
 
 
-def measure_tests(output: Path) -> dict:
+def measure_tests(output: Path) -> Results:
     """Run the tests that need a GPU, except the one of torch.compile, which takes a minute."""
-    return run_tests(output.with_suffix(".tests.txt"), "not compiled")
+    yield from run_tests(output.with_suffix(".tests.txt"), "not compiled")
 
 
-def run_tests(log: Path, chosen: str) -> dict:
+def run_tests(log: Path, chosen: str) -> Results:
     """Run tests of tests/test_cuda.py; `log` gets what they print, with all tracebacks."""
     with open(log, "w", encoding="utf-8") as file:  # as they run: a time limit keeps the first
         subprocess.run([sys.executable, "-m", "pytest", "-v", "--durations=8", "--tb=short",
                         "-m", "cuda", "-k", chosen, "tests/test_cuda.py"], stdout=file,
                        stderr=subprocess.STDOUT, check=False)
     lines = log.read_text(encoding="utf-8").strip().splitlines()
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    reasons = [line[:200] for line in lines if line.startswith("E  ")]
-    return {"result": lines[-1] if lines else "", "failures": failures, "reasons": reasons[:40],
-            "all of it": str(log)}
+    yield "result", lines[-1] if lines else ""
+    yield "failures", [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    yield "reasons", [line[:200] for line in lines if line.startswith("E  ")][:40]
+    yield "all of it", str(log)
 
 
-def measure_steps(_: Path) -> dict:
+def measure_steps(_: Path) -> Results:
     """Time steps of three batch sizes, eager and as a CUDA graph."""
-    return {f"batch {size}, {'graph' if graph else 'eager'}": try_steps(size, graph=graph)
-            for size in (64, 128, 256) for graph in (False, True)}
+    for size in (64, 128, 256):
+        for graph in (False, True):
+            yield f"batch {size}, {'graph' if graph else 'eager'}", try_steps(size, graph=graph)
 
 
-def measure_compiled(output: Path) -> dict:
+def measure_kernels(_: Path) -> Results:
+    """Time steps with the kernels that cuDNN chooses without comparing them.
+
+    'first steps s' against that of 'steps' is the time of comparing them, 'ms' what it gains.
+    """
+    for size in (64, 256):
+        yield f"batch {size}, graph, not compared", try_steps(size, graph=True, compare=False)
+
+
+def measure_compiled(output: Path) -> Results:
     """Time steps with torch.compile; 'compiled' is false if it fell back."""
-    return {"batch 64": try_steps(64, compiled=True),
-            "batch 64, graph": try_steps(64, compiled=True, graph=True),
-            **run_tests(output.with_suffix(".compiled.txt"), "compiled")}
+    yield "batch 64", try_steps(64, compiled=True)
+    yield "batch 64, graph", try_steps(64, compiled=True, graph=True)
+    yield from run_tests(output.with_suffix(".compiled.txt"), "compiled")
 
 
-def measure_epoch(_: Path) -> dict:
+def measure_epoch(_: Path) -> Results:
     """Compare an epoch of the naive script, timm and this project from files to the last step."""
-    reports = {}
     for name in ("naive", "timm", "ours", "ours, in place"):
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.train", "--one", name, "--device", "cuda", "--steps",
              "10", "--batch-size", "64"], capture_output=True, text=True)
         if done.returncode:
-            reports[name] = "not measured: " + (done.stderr.strip().splitlines() or ["?"])[-1]
+            yield name, "not measured: " + (done.stderr.strip().splitlines() or ["?"])[-1]
         else:
             seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-            reports[name] = {"s": round(seconds, 2), "images/s": round(640 / seconds)}
-    return reports
+            yield name, {"s": round(seconds, 2), "images/s": round(640 / seconds)}
 
 
-def measure_embedding(_: Path) -> dict:
+def measure_embedding(_: Path) -> Results:
     """Time the embedding of images, with pixels on the host and on the GPU."""
     dataset, model = make_dataset(2048), make_model(8000)
-    reports = {}
     for name, data in (("pixels on the host", dataset),
                        ("pixels on the GPU", cache_on_device(dataset, model.logit_scale.device))):
         embed_images(model, data)  # to warm up
         start = time.perf_counter()
         embed_images(model, data)
-        reports[name] = {"images/s": round(2048 / (time.perf_counter() - start))}
-    return reports
+        yield name, {"images/s": round(2048 / (time.perf_counter() - start))}
 
 
-def measure_validation(_: Path) -> dict:
+def measure_validation(_: Path) -> Results:
     """Time the validation of an epoch on Flickr30k: 3,178 images and 15,890 captions."""
     dataset, model = make_dataset(3178), make_model(8000)
     data = cache_on_device(dataset, model.logit_scale.device)
     evaluate_retrieval(model, data)  # to warm up
     start = time.perf_counter()
     evaluate_retrieval(model, data)
-    return {"s": round(time.perf_counter() - start, 2)}
+    yield "s", round(time.perf_counter() - start, 2)
 
 
-def measure_strong(_: Path) -> dict:
+def measure_strong(_: Path) -> Results:
     """Time a step of the strong recipe, eager and as a CUDA graph."""
     recipe = RECIPES["strong"]
     names = ("captions_per_image", "ema_decay", "drop_connect", "dropout", "word_dropout",
              "freeze_batchnorm")
-    return {"graph" if graph else "eager": try_steps(
-        recipe["batch_size"], graph=graph, **{name: recipe[name] for name in names})
-        for graph in (False, True)}
+    for graph in (False, True):
+        yield "graph" if graph else "eager", try_steps(
+            recipe["batch_size"], graph=graph, **{name: recipe[name] for name in names})
 
 
-def measure_profile(_: Path) -> dict:
+def measure_profile(_: Path) -> Results:
     """Profile steps: the 20 kernels that take the most time on the GPU."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         time_steps(64, steps=3)
     events = profile.key_averages()
     events = [event for event in events if "CUDA" in str(event.device_type)] or events
-    kernels = sorted(events, key=lambda event: -event.self_device_time_total)
-    return {f"{event.key[:80]} x{event.count}": f"{event.self_device_time_total / 1e3:.1f} ms"
-            for event in kernels[:20]}
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:20]:
+        yield (f"{event.key[:80]} x{event.count}", f"{event.self_device_time_total / 1e3:.1f} ms")
 
 
-def measure_resume(_: Path) -> dict:
+def measure_resume(_: Path) -> Results:
     """Train the demo, stop it with SIGTERM, and continue it with --resume."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--demo", "--device", "cuda", "--epochs", "3",
@@ -291,16 +306,17 @@ def measure_resume(_: Path) -> dict:
             time.sleep(0.1)
         process.terminate()
         errors = process.communicate()[1].strip().splitlines()
-        report = {"status of the stopped run": process.returncode,
-                  "its last lines": errors[-2:]}
+        yield "status of the stopped run", process.returncode
+        yield "its last lines", errors[-2:]
         if process.returncode == 2 and any("finite" in line for line in errors):
-            return {**report, "resumed": "not tried: the weights are not finite"}
+            yield "resumed", "not tried: the weights are not finite"
+            return
         resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
         lines = log.read_text().splitlines() if log.exists() else []
-        return {**report, "status of the resumed run": resumed.returncode,
-                "its error": resumed.stderr.strip()[-300:] if resumed.returncode else "",
-                "epochs": len(lines), "rsum": [json.loads(line)["metrics"]["rsum"]
-                                               for line in lines]}
+        yield "status of the resumed run", resumed.returncode
+        if resumed.returncode:
+            yield "its error", resumed.stderr.strip()[-300:]
+        yield "rsum of each epoch", [json.loads(line)["metrics"]["rsum"] for line in lines]
 
 
 if __name__ == "__main__":
