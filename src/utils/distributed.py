@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from src.utils.errors import UserError, print_error
+from src.utils.errors import UserError, print_message
 
 
 def init_distributed() -> None:
@@ -72,7 +72,7 @@ def process_group() -> Iterator[None]:
             # The ranks usually meet the same error. The first one prints it, and does so before it
             # leaves the group: torchrun kills the others when a rank ends.
             if _count_error(str(error)) == 1:
-                print_error(error)
+                print_message(f"error: {error}")
             sys.exit(error.status)
         raise
     finally:

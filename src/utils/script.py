@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from src.utils.errors import UserError, print_error
+from src.utils.errors import UserError, on_terminal, print_message
 
 ERASE = "\r\x1b[K"  # back to the start of the line, and erase it
 
@@ -35,16 +35,16 @@ def _report_missing_package(
         return sys.__excepthook__(kind, error, traceback)
     if _is_terminal():
         print(ERASE, end="", file=sys.stderr)
-    print_error(UserError(
-        f"the package {package} is not installed in {sys.prefix}: activate the environment that "
-        "has it with . .venv/bin/activate, or install it with pip install -r requirements.txt"))
+    print_message(
+        f"error: the package {package} is not installed in {sys.prefix}: activate the environment "
+        "that has it with . .venv/bin/activate, or install it with pip install -r requirements.txt")
     sys.exit(2)
 
 
 def _is_terminal() -> bool:
     """Return whether standard error is a terminal, and this the first process of the machine."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    return is_first and sys.stderr is not None and sys.stderr.isatty()
+    return is_first and on_terminal()
 
 
 @contextlib.contextmanager
@@ -67,24 +67,36 @@ def run_script(main: Callable[[], int]) -> None:
     """Run the main function of a script and exit with the status that it returns.
 
     A UserError is printed as one message, without a traceback, and gives its own status; Ctrl-C
-    gives 130. Characters that the encoding of standard output lacks are escaped.
+    gives 130. Characters that the encoding of standard output lacks are escaped. A process of
+    torchrun ends without Python's finalization.
     """
     if _is_terminal():
         print(ERASE, end="", file=sys.stderr, flush=True)
     if sys.stdout is None:  # closed by the shell, as in >&-
-        print("note: standard output is closed", file=sys.stderr)
+        print_message("note: standard output is closed")
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         exit_status = main()
         sys.stdout.flush()
     except UserError as error:
-        print_error(error)
+        print_message(f"error: {error}")
         exit_status = error.status
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print_message("\nstopped")
         exit_status = 130
     except BrokenPipeError:  # the reader of the output has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_status = 141
+    except SystemExit as exit_request:
+        if not isinstance(exit_request.code, int):
+            raise
+        exit_status = exit_request.code
+    if "RANK" in os.environ:
+        # A thread of PyTorch's process group that frees a tensor during finalization aborts the
+        # process, even shortly after the group was left (pytorch/pytorch issue 190489).
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(exit_status)
     sys.exit(exit_status)

@@ -139,7 +139,7 @@ def test_several_processes_compute_what_one_does(tmp_path, processes, chunk_size
 
 
 def test_torchrun_trains_as_one_process_does(tmp_path):
-    """train.py under torchrun has the split, vocabulary, losses and recall of one process (with
+    """train.py under torchrun has the split, vocabulary, losses and weights of one process (with
     frozen BatchNorm and nothing dropped); only rank 0 writes and prints."""
     images, annotations = make_tiny_data(tmp_path / "data")
     flags = ["--images", str(images), "--annotations", str(annotations), "--val-fraction", "0.25",
@@ -147,7 +147,8 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
              "--batch-size", "5", "--device", "cpu", "--lr", "1e-4", "--epochs", "2", "--dropout",
              "0", "--drop-connect", "0", "--freeze-batchnorm", "--captions-per-image", "2",
              "--precision", "float32"]
-    ran = torchrun("train.py", *flags, "--results-dir", str(tmp_path / "two"))
+    ran = torchrun("--no-python", sys.executable, "-c", TRAIN, *flags, "--results-dir",
+                   str(tmp_path / "two"))
     assert ran.returncode == 0, ran.stderr
     assert "another run" not in ran.stderr  # the ranks wait for each other, not for another run
     assert ran.stdout.count("\nepoch    loss") == 1 and ran.stdout.count("train: 9 images") == 1
@@ -157,11 +158,14 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
     for one, two in zip(*logs, strict=True):
         assert one["steps"] == two["steps"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        assert two["metrics"]["text_to_image_mean_rank"] == pytest.approx(
-            one["metrics"]["text_to_image_mean_rank"], abs=0.5)
+        assert two["metrics"].keys() == one["metrics"].keys()
     models = [torch.load(tmp_path / name / "models" / "flickr30k_clip_last.pth", weights_only=True)
               for name in ("one", "two")]
     assert models[0]["vocab"] == models[1]["vocab"] and models[0]["data"] == models[1]["data"]
+    # No ranks: the embeddings of a network that has hardly been trained are equal but for rounding.
+    one, two = (torch.cat([tensor.double().flatten() for tensor in model["model_state"].values()])
+                for model in models)
+    assert (one - two).square().mean().sqrt() < 1e-6  # a step changes a weight by lr, 1e-4
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
@@ -177,7 +181,14 @@ def test_a_batch_smaller_than_the_processes_is_refused(tmp_path):
     assert "src/" not in ran.stderr
 
 
-# search.py with another batch size and time between saves, in float32 as in all tests.
+# Processes of their own, in float32 as all tests.
+TRAIN = """
+import train, src.utils.runtime
+from src.utils.script import run_script
+src.utils.runtime.cpu_has_bfloat16 = lambda: False
+run_script(train.main)
+"""
+# With another batch size and time between saves.
 SEARCH = """
 import sys
 import search, src.search.update_index, src.utils.runtime

@@ -69,6 +69,38 @@ def test_errors_are_wrapped_on_a_terminal_only() -> None:
     assert [len(line) > 80 for line in logged.stderr.splitlines()] == [True, True]
 
 
+@pytest.mark.parametrize(("end", "status"), [
+    ("return 3", 3), ("sys.exit(4)", 4), ("raise UserError('no', status=5)", 5)])
+def test_a_process_of_torchrun_ends_without_finalization(end: str, status: int) -> None:
+    """Its output is complete and its status kept, but what Python runs at its end is not run: a
+    thread of the process group could abort it there."""
+    code = ("import atexit, sys\nfrom src.utils.script import run_script\n"
+            "from src.utils.errors import UserError\natexit.register(print, 'finalized')\n"
+            f"def main():\n    print('done')\n    {end}\nrun_script(main)")
+    for rank, expected in (({"RANK": "1"}, "done\n"), ({}, "done\nfinalized\n")):
+        environment = {name: value for name, value in os.environ.items() if name != "RANK"} | rank
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              text=True, env=environment)
+        assert (done.returncode, done.stdout) == (status, expected)
+
+
+def test_parts_of_a_list_keep_its_indentation() -> None:
+    """A note's list items of two spaces are wrapped too, and escaped."""
+    code = ("from src.utils.errors import print_message\n"
+            "print_message('photos:\\n  ' + 30 * 'name\\x1b[2J ')")
+    lines = run_in_terminal(sys.executable, "-c", code, COLUMNS="40").splitlines()
+    assert lines[0] == "photos:" and len(lines) > 5 and max(map(len, lines)) <= 40
+    assert all(line.startswith("  name\\x1b[2J") for line in lines[1:])
+
+
+def test_a_message_is_lost_with_standard_error_alone() -> None:
+    """With standard error closed, messages do not go to standard output."""
+    code = "from src.utils.errors import print_message\nprint_message('note')\nprint('result')"
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
 @pytest.mark.parametrize("script", ["main.py", "train.py", "evaluate.py", "search.py",
                                     "train_image_only.py"])
 def test_a_missing_package_is_one_message(script: str) -> None:
