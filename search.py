@@ -54,7 +54,7 @@ from src.search.query import (
     spelling_hints,
 )
 from src.search.update_index import end_updates, help_update, update_index
-from src.utils.errors import UserError, counted, printable, shorten_lines
+from src.utils.errors import UserError, counted, on_terminal, print_message, shorten_lines
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # torch, Pillow and the modules that need them are imported where they are used: a text query with
@@ -134,10 +134,10 @@ def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPath
     for text, error in errors.items():
         if args.json:
             write_line(json.dumps({"query": text, "error": error}))
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print_message(f"error: {error}")
     if args.sheet and answers:
         draw_sheet(args.sheet, answers)
-        print(f"drawn: {args.sheet}", file=sys.stderr)
+        print_message(f"drawn: {args.sheet}")
     if args.page or args.serve is not None:
         page = args.page or results.folder / "page"
         write_page(page, table, library, captions, args)
@@ -237,8 +237,8 @@ def check_bert(args: argparse.Namespace) -> None:
         raise UserError("--page and --serve need a checkpoint with a bag of words: the page embeds "
                         "a text as a mean of word vectors, and this text encoder is a BERT")
     if args.explain:
-        print("note: with a BERT, a word's number is the score minus the score without the word; "
-              "they do not sum to the score", file=sys.stderr)
+        print_message("note: with a BERT, a word's number is the score minus the score without the "
+                      "word; they do not sum to the score")
 
 
 def read_queries(args: argparse.Namespace) -> list[str]:
@@ -277,11 +277,11 @@ def embed_each(
             errors[text] = str(error)
     for text in texts:
         for word in LONE_MINUS.findall(text):
-            print(printable(f"note: in {text!r} the minus sign has no effect; -{word} without a "
-                            "space subtracts the word"), file=sys.stderr)
+            print_message(f"note: in {text!r} the minus sign has no effect; -{word} without a "
+                          "space subtracts the word")
     for query in queries:
         for hint in spelling_hints(query.unknown, table):
-            print(f"note: {hint}", file=sys.stderr)
+            print_message(f"note: {hint}")
     return queries, errors
 
 
@@ -377,17 +377,17 @@ def write_page(
         weak_score=table.weak_score,
         title=args.page_title,
     )
-    skipped = [printable(f"{name}: {reason}") for name, reason in written["skipped"]]
+    skipped = [f"{name}: {reason}" for name, reason in written["skipped"]]
     if skipped:
-        print(f"{counted(len(skipped), 'photos')} cannot be shown in the page:",
-              *shorten_lines(skipped), sep="\n  ", file=sys.stderr)
-    print(f"a page that searches {counted(written['photos'], 'photos')}: "
-          f"{file_uri(str(folder / 'index.html'))}", file=sys.stderr)
+        title = f"{counted(len(skipped), 'photos')} cannot be shown in the page:"
+        print_message("\n  ".join([title, *shorten_lines(skipped)]))
+    print_message(f"a page that searches {counted(written['photos'], 'photos')}: "
+                  f"{file_uri(str(folder / 'index.html'))}")
 
 
 def has_browser() -> bool:
     """Return whether a person at this machine's screen can be shown a web page."""
-    is_local = sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
+    is_local = on_terminal() and "SSH_CONNECTION" not in os.environ
     return is_local and (sys.platform == "darwin" or "DISPLAY" in os.environ
                          or "WAYLAND_DISPLAY" in os.environ)
 

@@ -23,7 +23,6 @@ if __name__ == "__main__":
     start_script("PyTorch")  # before the imports, which take seconds
 
 import argparse
-import sys
 import time
 from contextlib import nullcontext
 
@@ -48,7 +47,7 @@ from src.training.frozen_features import freeze_images, freeze_texts
 from src.training.optim import build_optimizer, build_schedule
 from src.training.recipes import RECIPES
 from src.utils import distributed, runtime
-from src.utils.errors import UserError, counted
+from src.utils.errors import UserError, counted, print_message
 from src.utils.files import only_writer
 from src.utils.paths import DataPaths, ResultPaths
 
@@ -240,7 +239,7 @@ def check_batch(args: argparse.Namespace, model: DualEncoder, dtype: torch.dtype
                      batchnorm_trained=unfrozen and not args.freeze_batchnorm)
     note = explain_memory(model, batch_size, args.chunk_size, dtype) if unfrozen else None
     if note and distributed.rank() == 0:
-        print(note, file=sys.stderr)
+        print_message(note)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -65,7 +64,7 @@ from src.models.export import (
     text_card,
 )
 from src.search.update_index import find_images
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_message
 from src.utils.files import fingerprint, replace_on_success
 from src.utils.paths import PRETRAINED
 from src.utils.runtime import tune_malloc
@@ -161,7 +160,7 @@ def open_images(
             if names_captions:
                 raise
             reason = str(error).partition("\n")[0]
-            print(f"note: no validation images of the training run: {reason}", file=sys.stderr)
+            print_message(f"note: no validation images of the training run: {reason}")
     if args.precision == "int8":
         raise UserError("int8 is calibrated on images: give some with --images DIR, or validation "
                         "images with --images DIR --annotations FILE")

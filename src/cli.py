@@ -14,7 +14,7 @@ from pathlib import Path
 
 from src.training.recipes import IMAGE_SIZES, RECIPES
 from src.training.tensorboard import check_tensorboard
-from src.utils.errors import UserError, fit_terminal
+from src.utils.errors import UserError, print_message
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
 # Flags and recipes of earlier versions -> their names today.
@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {', '.join(nearest)}?"
         if os.environ.get("LOCAL_RANK", "0") != "0":
             self.exit(2)  # the first process of this machine prints it
-        self.exit(2, fit_terminal(f"error: {message}\n{self.prog} --help lists all flags\n"))
+        print_message(f"error: {message}\n{self.prog} --help lists all flags")
+        self.exit(2)
 
 
 class SearchParser(Parser):

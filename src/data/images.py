@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageCms, ImagePalette, UnidentifiedImageError
 
-from src.utils.errors import printable
+from src.utils.errors import print_message
 from src.utils.files import write_atomic
 
 # Version of the pixels of load_image. 2: ICC profiles, color-key transparency, small GIF frames.
@@ -88,7 +88,7 @@ def load_image(
             raise ReadError(error.strerror or str(error)) from error
         raise ValueError("; ".join(messages[:1]) or str(error) or type(error).__name__) from error
     if messages and notes is None:
-        print(printable(f"{path}: {messages[0]}"), file=sys.stderr)
+        print_message(f"{path}: {messages[0]}")
     elif messages:
         notes.append(messages[0])
     return image

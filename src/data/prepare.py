@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from src.data.images import load_resized
 from src.data.pixel_store import PixelStore, store_size
 from src.data.source import DataSource
 from src.utils.distributed import rank
-from src.utils.errors import UserError, counted, printable
+from src.utils.errors import UserError, counted, print_message, printable
 from src.utils.files import write_atomic
 
 if TYPE_CHECKING:  # src/data does not depend on src/models
@@ -64,7 +63,7 @@ def prepare_datasets(
     if rank() == 0:
         print(write_rejected(rejected, source, store, *datasets))
         for warning in find_warnings(source, [dataset.records for dataset in datasets], tokenizer):
-            print(printable(f"warning: {warning}"), file=sys.stderr)
+            print_message(f"warning: {warning}")
     if strict:
         check_strict(collect_issues(source, store))
     return datasets
@@ -99,7 +98,7 @@ def prepare_images(
                             f"{name}: {reason}")
         if not pixels:
             raise UserError(message)
-        print(f"note: {message}", file=sys.stderr)
+        print_message(f"note: {message}")
     store = PixelStore(np.stack(list(pixels.values())),
                        {name: row for row, name in enumerate(pixels)}, failed)
     return Flickr30kDataset([ImageRecord(name, ()) for name in pixels], store, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from src.models.bert import SubwordTokenizer, check_config
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.tokenizer import Tokenizer
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_message
 from src.utils.files import sync_folder
 from src.utils.tensors import load_tensors, save_tensors
 
@@ -93,7 +92,7 @@ def load_newest_checkpoint(path: Path, previous: Path) -> Checkpoint:
         if not previous.exists():
             raise
         loaded = load_checkpoint(previous)
-        print(f"note: {error}; the checkpoint before it is used: {previous}", file=sys.stderr)
+        print_message(f"note: {error}; the checkpoint before it is used: {previous}")
         return loaded
 
 

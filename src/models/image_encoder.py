@@ -7,7 +7,6 @@ network without squeeze-and-excitation and with ReLU6, as published by TensorFlo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from http.client import HTTPException
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ from efficientnet_pytorch.utils import (
 from torch import nn
 
 from src.models.depthwise_bf16 import depthwise
-from src.utils.errors import UserError
+from src.utils.errors import UserError, on_terminal, print_message
 from src.utils.tensors import load_tensors
 
 # Width and depth of the Lite networks relative to the first.
@@ -146,8 +145,8 @@ class ImageEncoder(nn.Module):
             raise
         except Exception as error:  # every part of the compiler raises exceptions of its own
             reason = " ".join(str(error).split("\n")[:2])
-            print(f"note: torch.compile does not work here ({type(error).__name__}: {reason}); "
-                  "training continues without it", file=sys.stderr)
+            print_message(f"note: torch.compile does not work here ({type(error).__name__}: "
+                          f"{reason}); training continues without it")
             self._compiled = None
         torch.clear_autocast_cache()  # it holds casts of the weights that belong to this attempt
         for buffer, value in zip(self.buffers(), statistics, strict=True):
@@ -273,7 +272,7 @@ def _download(name: str) -> dict[str, torch.Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True,
-            progress=sys.stderr.isatty(),
+            progress=on_terminal(),
         )
     except (URLError, HTTPException, OSError, RuntimeError, EOFError) as error:
         raise UserError(

@@ -8,14 +8,13 @@ that numpy, FAISS or a vector database reads as it is; row i belongs to the i-th
 from __future__ import annotations
 
 import base64
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from src.search.matrix import load_matrix, save_matrix
-from src.utils.errors import printable
+from src.utils.errors import print_message
 
 BLOCK_SCORES = 1 << 20  # scores per block: 4 MB of float32, which stays in the cache
 FEW_QUERIES = 8
@@ -72,8 +71,8 @@ class ImageIndex:
         except FileNotFoundError:
             return cls(checkpoint)
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"is damaged ({printable(str(error))})"
-        print(f"the index in {folder} {reason} and is built again", file=sys.stderr)
+            reason = f"is damaged ({error})"
+        print_message(f"the index in {folder} {reason} and is built again")
         return cls(checkpoint)
 
     @classmethod

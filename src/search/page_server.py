@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_message
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
@@ -58,8 +57,7 @@ def serve_page(folder: Path, port: int = 8000) -> None:
         raise UserError(f"cannot serve on port {port} ({reason}): choose another one") from error
     with server:
         try:
-            print(f"http://127.0.0.1:{server.server_port}/   Ctrl-C stops it",
-                  file=sys.stderr, flush=True)
+            print_message(f"http://127.0.0.1:{server.server_port}/   Ctrl-C stops it")
             server.serve_forever()
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print_message("")

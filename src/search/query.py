@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from src.models.tokenizer import PAD, UNK, Tokenizer, split_words
 from src.models.word_vectors import expand_vocabulary, load_word_vectors
 from src.search.matrix import load_matrix, save_matrix
-from src.utils.errors import UserError, printable
+from src.utils.errors import UserError, print_message
 from src.utils.files import exclusive_lock, fingerprint
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ class BertTexts:
         """
         limit = self.model.text_encoder.max_length
         if (self.tokenizer.word_statistics(texts).lengths > limit).any():
-            print(f"note: of each text only the first {limit} tokens are used", file=sys.stderr)
+            print_message(f"note: of each text only the first {limit} tokens are used")
         queries = []
         for text in texts:
             words = text.split()
@@ -244,8 +243,7 @@ def load_words(
         except FileNotFoundError:
             pass
         except (ValueError, KeyError) as error:
-            print(f"the word vectors in {folder} are damaged and are built again "
-                  f"({printable(str(error))})", file=sys.stderr)
+            print_message(f"the word vectors in {folder} are damaged and are built again ({error})")
         return None
 
     try:

@@ -12,7 +12,6 @@ import fnmatch
 import os
 import re
 import stat
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from src.utils.errors import (
     SHOWN_NAMES,
     UserError,
     counted,
+    print_message,
     printable,
     shorten,
     shorten_lines,
@@ -289,8 +289,8 @@ def _update(
             if found.get(name) == current[name] and (digest or index.decoder != DECODER)}
     reusable = {}  # embeddings that are right if the decoder gives the same pixels as before
     if index.decoder != DECODER and writable:
-        print(f"the index in {folder} was written by an earlier version: its photos are read again",
-              file=sys.stderr)
+        print_message(f"the index in {folder} was written by an earlier version: its photos are "
+                      "read again")
         reusable = {name: index.embeddings[i] for i, name in enumerate(index.names) if name in kept}
         kept = set()
     failed = _known_failures(index, found)
@@ -299,8 +299,8 @@ def _update(
     gone = _check_missing(index, scan, folder, images, set(moved.values()), exclude, prune)
     new = [name for name in new if name not in moved]
     if new and not writable:
-        print(f"the index in {folder} cannot be written: {shorten(new)} new or changed, and not "
-              "searched", file=sys.stderr)
+        print_message(f"the index in {folder} cannot be written: {shorten(new)} new or changed, "
+                      "and not searched")
         new = []
     if "RANK" in os.environ:  # the other ranks wait for the list, even if it is empty
         from src.utils.distributed import broadcast_object
@@ -323,8 +323,8 @@ def _update(
     counts = {"read again" if reusable else "embedded": n_new,
               "known by their content": len(moved), "removed": n_removed}
     if any(counts.values()):
-        print("index: " + ", ".join(
-            counted(n, f"photos {what}") for what, n in counts.items() if n), file=sys.stderr)
+        print_message("index: " + ", ".join(
+            counted(n, f"photos {what}") for what, n in counts.items() if n))
     return updated
 
 
@@ -400,7 +400,7 @@ def _check_missing(
                f"{images}: is a drive not connected? The index keeps them; --prune removes them")
     if not scan.found and not scan.excluded:
         raise UserError(missing)
-    print(missing, file=sys.stderr)
+    print_message(missing)
     return hidden | gone
 
 
@@ -412,24 +412,23 @@ def report(scan: Scan, index: ImageIndex, folder: Path) -> None:
             by_reason[reason].append(name)
         if not reasons:
             return
-        lines = [f"{shorten(names)}: {printable(reason)}".replace("\n", " ")
+        lines = [f"{shorten(names)}: {reason}".replace("\n", " ")
                  for reason, names in by_reason.items()]
-        print(f"{title}: {counted(len(reasons), 'files')}", *shorten_lines(lines), sep="\n  ",
-              file=sys.stderr)
+        print_message("\n  ".join(
+            [f"{title}: {counted(len(reasons), 'files')}", *shorten_lines(lines)]))
         is_short = len(lines) <= MAX_LINES and max(map(len, by_reason.values())) <= SHOWN_NAMES
         if not is_short and index.failed:
-            print(f"  all names are in {folder / 'index.json'}", file=sys.stderr)
+            print_message(f"  all names are in {folder / 'index.json'}")
 
     failed = {name: entry[0] for name, entry in index.failed.items()}
     print_reasons("not searched", scan.unusable | failed)
     print_reasons("damaged, and searched in part", index.notes)
     if scan.excluded:
-        print(printable(f"excluded: {shorten(sorted(scan.excluded))}"), file=sys.stderr)
+        print_message(f"excluded: {shorten(sorted(scan.excluded))}")
     if scan.others:
         counts = ", ".join(f"{n:,} {suffix}" for suffix, n in scan.others.most_common(6))
         more = ", …" if len(scan.others) > 6 else ""
-        print(printable(f"not images: {counted(scan.others.total(), 'files')} ({counts}{more})"),
-              file=sys.stderr)
+        print_message(f"not images: {counted(scan.others.total(), 'files')} ({counts}{more})")
 
 
 def _embed_new(

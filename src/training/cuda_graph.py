@@ -7,7 +7,6 @@ host needs to launch them.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from src.data.dataset import Batch
 from src.models.dual_encoder import DualEncoder
 from src.utils.distributed import world_size
+from src.utils.errors import print_message
 from src.utils.runtime import copy_to_device
 
 WARM_UP = 3  # eager steps in which cuDNN chooses its kernels
@@ -122,8 +122,8 @@ class GraphedStep:
     def _give_up(self, device: torch.device, error: RuntimeError) -> None:
         """Print a note, and go back to steps without a graph."""
         reason = str(error).splitlines()[0]
-        print(f"note: the training step cannot be captured as a CUDA graph ({reason}); training "
-              "continues without it", file=sys.stderr)
+        print_message(f"note: the training step cannot be captured as a CUDA graph ({reason}); "
+                      "training continues without it")
         self._failed = True
         self._graphs.clear()
         self._optimizer.zero_grad(set_to_none=True)  # gradients that were never computed

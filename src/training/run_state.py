@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from src.training.engine import Progress
 from src.training.optim import MovingAverage
 from src.training.tensorboard import TensorBoardLog
 from src.utils.distributed import any_rank, rank, world_size
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_message
 from src.utils.files import write_atomic
 from src.utils.paths import ResultPaths
 from src.utils.plots import plot_curves
@@ -194,8 +193,8 @@ class RunState:
             The exit status of a process that the signal ended.
         """
         if rank() == 0:
-            print(f"stopped after step {self.progress.step} of epoch {len(self.log) + 1}, and "
-                  f"saved; continue with\n    {command}", file=sys.stderr)
+            print_message(f"stopped after step {self.progress.step} of epoch {len(self.log) + 1}, "
+                          f"and saved; continue with\n    {command}")
         return 128 + (self._stop_request.signal or Signals.SIGTERM)  # another rank got the signal
 
     def _save_best(self) -> None:
@@ -357,4 +356,4 @@ def compare_flags(flags: dict[str, Any], earlier: dict[str, Any]) -> None:
 
 def _note(text: str) -> None:
     if rank() == 0:
-        print(f"note: {text}", file=sys.stderr)
+        print_message(f"note: {text}")

@@ -25,23 +25,36 @@ class UserError(Exception):
         self.status = status
 
 
-def print_error(error: UserError) -> None:
-    """Print the message of an error on standard error, on a terminal in lines of its width."""
-    print(fit_terminal(f"error: {printable(str(error))}"), file=sys.stderr, flush=True)
+def print_message(text: str) -> None:
+    """Print a note, a warning or an error on standard error, on a terminal in lines of its width.
+
+    Characters that could control a terminal are escaped.
+    """
+    if sys.stderr is not None:  # closed by the shell, as in 2>&-
+        print(fit_terminal(printable(text)), file=sys.stderr, flush=True)
 
 
 def fit_terminal(text: str) -> str:
     """Break lines between words at the width of the terminal on which standard error is shown.
 
-    Indented lines are commands, and stay whole; so does everything in a log.
+    The parts of a line have its indentation. Lines with four spaces or more are commands, and stay
+    whole; so does everything in a log.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not on_terminal():
         return text
     width = shutil.get_terminal_size().columns
-    return "\n".join(
-        line if line.startswith(" ") else textwrap.fill(
-            line, width, break_long_words=False, break_on_hyphens=False)
-        for line in text.split("\n"))
+
+    def wrap(line: str) -> str:
+        indent = line[: len(line) - len(line.lstrip(" "))]
+        return line if len(indent) >= 4 else textwrap.fill(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(wrap, text.split("\n")))
+
+
+def on_terminal() -> bool:
+    """Return whether standard error is shown on a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def printable(text: str) -> str:

@@ -7,13 +7,12 @@ import errno
 import fcntl
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from src.utils.errors import UserError
+from src.utils.errors import UserError, print_message
 
 # Errors of file systems without locks: Lustre without -o flock, NFS without its lock daemon.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -123,7 +122,7 @@ def exclusive_lock(path: Path, waiting: str = "") -> Iterator[None]:
             _lock(file, wait=False)
         except BlockingIOError:
             if waiting and _is_main():
-                print(waiting, file=sys.stderr, flush=True)
+                print_message(waiting)
             _lock(file)
         yield
 
@@ -165,8 +164,8 @@ def _lock(file: BinaryIO, wait: bool = True) -> None:
 @cache  # once per process
 def _note_missing_locks() -> None:
     if _is_main():
-        print("note: this file system has no file locks, so a second run that writes to the same "
-              "folder cannot be noticed: give each run its own --results-dir", file=sys.stderr)
+        print_message("note: this file system has no file locks, so a second run that writes to "
+                      "the same folder cannot be noticed: give each run its own --results-dir")
 
 
 def _is_main() -> bool:
