@@ -128,7 +128,7 @@ def search(argv: list[str] | None, args: argparse.Namespace, results: ResultPath
     captions = known_captions(data) if args.image or args.page or args.serve is not None else {}
     if args.image:
         texts = sorted({caption for own in captions.values() for caption in own})
-        answers.append(answer_image(args.image, *load()[:2], library, texts, chosen))
+        answers.append(answer_image(args.image, lambda: load()[:2], library, texts, chosen))
     for answer in answers:
         write_line(json.dumps(answer) if args.json else format_answer(answer, args.explain))
     for text, error in errors.items():

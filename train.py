@@ -175,11 +175,14 @@ def load_captions(
     """Read and split the captions; return them, a tokenizer, and the configuration of a BERT.
 
     Raises:
-        UserError: there are no validation images, or see `scan_dataset` and `load_pretrained`.
+        UserError: a split has fewer than two images, or see `scan_dataset` and `load_pretrained`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
+    for split in ("train", "val"):  # before the images are decoded; unreadable ones count then
+        if reason := source.explain_small_split(split, len(source.splits[split])):
+            raise UserError(reason)
     if args.text_encoder == "bert":  # a resumed run does not need the files of --text-weights
         return source, *((resumed.tokenizer, resumed.model.config.text_config) if resumed else
                          load_pretrained(args.text_weights, args.context_length))

@@ -17,9 +17,9 @@ from src.training.tensorboard import check_tensorboard
 from src.utils.errors import UserError, print_message
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
 
-# Flags and recipes of earlier versions -> their names today.
+# What flags and recipes are called in earlier versions or in other programs -> their names here.
 RENAMED = {"--mirror-mean": "--flip-tta", "--no-mirror-mean": "--no-flip-tta",
-           "--recipe seed": "--recipe baseline"}
+           "--recipe seed": "--recipe baseline", "--port": "--serve"}
 
 DEMO_RESULTS = Path("results/demo")
 

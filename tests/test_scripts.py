@@ -656,10 +656,12 @@ def test_a_results_folder_that_cannot_be_written_is_refused_first(run, tmp_path)
     assert not (tmp_path / "cache").exists()
 
 
-def test_one_validation_image_is_refused(run):
-    """With a single validation image every recall would be 100 %."""
+def test_one_validation_image_is_refused(run, tmp_path):
+    """With a single validation image every recall would be 100 %. No image is decoded before."""
     with pytest.raises(UserError, match="validation needs at least 2 images and has 1: choose"):
-        run("one image", "--val-fraction", "0.05")
+        train.main([*run.data, *MODEL, "--cache-dir", str(tmp_path / "cache"),
+                    "--results-dir", str(tmp_path / "results"), "--val-fraction", "0.05"])
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("fault", ["row", "missing", "unreadable"])

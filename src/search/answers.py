@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,35 +128,60 @@ def answer_text(
 
 
 def answer_image(
-    path: Path, model: DualEncoder, tokenizer: Tokenizer, library: Library, captions: list[str],
-    chosen: Filter,
+    path: Path, load: Callable[[], tuple[DualEncoder, Tokenizer]], library: Library,
+    captions: list[str], chosen: Filter,
 ) -> dict:
     """Return the images most similar to an image, without itself, and its best captions.
+
+    Args:
+        path: of the image, in the library or not.
+        load: returns the model and its tokenizer. It is not called for an image of the library
+            without captions.
+        library: the images.
+        captions: from which the best five are chosen.
+        chosen: which hits are shown.
 
     Raises:
         UserError: the image cannot be read.
     """
+    try:
+        digest = content_digest(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    own = [i for i, other in enumerate(library.index.digests) if other == digest]
+    embedding = library.index.embeddings[own[0]] if own else _embed_file(path, load()[0])
+    results, _ = find_results(library, embedding, chosen, own)
+    best = _best_captions(embedding, captions, *load()) if captions else []
+    return {"image": str(path), "results": results, "captions": best}
+
+
+def _embed_file(path: Path, model: DualEncoder) -> np.ndarray:
+    """Return the embedding of an image file: (D,) float32."""
     import torch
 
     from src.data.images import load_resized
     from src.data.pixel_store import store_size
-    from src.evaluation.embed import embed_pixels, embed_tokens
+    from src.evaluation.embed import embed_pixels
 
     try:
         pixels = torch.from_numpy(load_resized(path, store_size(model.config.image_size), []))
-        digest = content_digest(path)
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    embedding = embed_pixels(model, pixels[None])  # (1, D)
-    own = [i for i, other in enumerate(library.index.digests) if other == digest]
-    results, _ = find_results(library, embedding[0].numpy(), chosen, own)
-    best_captions = []
-    if captions:
-        best = (embed_tokens(model, tokenizer.encode(captions)) @ embedding[0]).topk(
-            min(5, len(captions)))
-        best_captions = [{"score": score, "caption": captions[i]} for score, i in
-                         zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    return {"image": str(path), "results": results, "captions": best_captions}
+    return embed_pixels(model, pixels[None])[0].numpy()
+
+
+def _best_captions(
+    embedding: np.ndarray, captions: list[str], model: DualEncoder, tokenizer: Tokenizer
+) -> list[dict]:
+    """Return the five captions that fit an embedding (D,) best, with their scores."""
+    import torch
+
+    from src.evaluation.embed import embed_tokens
+
+    scores = embed_tokens(model, tokenizer.encode(captions)) @ torch.from_numpy(embedding.copy())
+    best = scores.topk(min(5, len(captions)))
+    return [{"score": score, "caption": captions[i]} for score, i in
+            zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 def _join_lines(parts: list[str], indent: int, width: int = 80) -> list[str]:

@@ -99,6 +99,28 @@ def test_near_duplicates_are_one_result(
     assert not {"2.png", "copy.png"} & set(names(answer)) and len(answer["results"]) == 6
 
 
+def test_an_image_of_the_index_needs_no_model(
+    images: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its embedding is in the index: the results are those of a copy that is elsewhere, and the
+    model is loaded for others alone."""
+    noise(2).convert("RGBA").save(tmp_path / "outside.png")  # the same pixels in another file
+    (outside,) = ask(capsys, "--image", str(tmp_path / "outside.png"), *flags)
+    assert Path(outside["results"][0]["path"]).name == "2.png"
+
+    def no_model(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(search, "load_model", no_model)
+    (inside,) = ask(capsys, "--image", str(images / "2.png"), *flags)
+    assert names(inside) == names(outside)[1:] and inside["captions"] == []
+    np.testing.assert_allclose([result["score"] for result in inside["results"]],
+                               [result["score"] for result in outside["results"][1:]], atol=1e-4)
+    with pytest.raises(AssertionError, match="was loaded"):
+        search.main(["--image", str(tmp_path / "outside.png"), *flags])
+
+
 def make_library(n_groups: int, size: int) -> Library:
     """Return a library of groups of near duplicates."""
     rng = np.random.default_rng(0)
