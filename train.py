@@ -31,7 +31,7 @@ import torch
 from src import cli
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device, count_batches
-from src.data.prepare import prepare_datasets
+from src.data.prepare import check_strict, collect_issues, prepare_datasets, write_rejected
 from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import report_best
@@ -175,14 +175,11 @@ def load_captions(
     """Read and split the captions; return them, a tokenizer, and the configuration of a BERT.
 
     Raises:
-        UserError: a split has fewer than two images, or see `scan_dataset` and `load_pretrained`.
+        UserError: there are no validation images, or see `scan_dataset` and `load_pretrained`.
     """
     source = scan_dataset(**cli.scan_arguments(args))
     if args.val_fraction != 0 and (reason := source.explain_no_validation()):
         raise UserError(reason)
-    for split in ("train", "val"):  # before the images are decoded; unreadable ones count then
-        if reason := source.explain_small_split(split, len(source.splits[split])):
-            raise UserError(reason)
     if args.text_encoder == "bert":  # a resumed run does not need the files of --text-weights
         return source, *((resumed.tokenizer, resumed.model.config.text_config) if resumed else
                          load_pretrained(args.text_weights, args.context_length))
@@ -202,9 +199,17 @@ def load_images(
     Raises:
         UserError: a split has fewer than two images, or see `prepare_datasets`.
     """
+    rejected = results.folder / "rejected.csv"
+    for split in ("train", "val"):  # before the images are decoded; then without unreadable ones
+        if reason := source.explain_small_split(split, len(source.splits[split])):
+            if distributed.rank() == 0:
+                print(write_rejected(rejected, source))
+            if args.strict:
+                check_strict(collect_issues(source))
+            raise UserError(reason)
     datasets = prepare_datasets(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
-        cache=data.cache, rejected=results.folder / "rejected.csv", strict=args.strict)
+        cache=data.cache, rejected=rejected, strict=args.strict)
     for split, dataset in zip(("train", "val"), datasets, strict=True):
         n_images, n_captions = len(dataset.records), len(dataset)
         print(f"{'train' if split == 'train' else 'validation'}: {counted(n_images, 'images')}, "

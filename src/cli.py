@@ -47,9 +47,9 @@ class Parser(argparse.ArgumentParser):
         if recipe := re.search(r"--recipe: invalid choice: '([^']*)'", message):
             unknown.append(f"--recipe {recipe[1]}")
             valid |= {f"--recipe {name}": f"--recipe {name}" for name in RECIPES}
-        valid |= {old: new for old, new in RENAMED.items() if new in valid}
-        nearest = [valid[match] for name in unknown
-                   for match in difflib.get_close_matches(name, valid, 1)]
+        nearest = [valid[match] for name in unknown for match in (
+            [RENAMED[name]] if RENAMED.get(name) in valid
+            else difflib.get_close_matches(name, valid, 1))]
         if nearest:
             message += f"; did you mean {', '.join(nearest)}?"
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -24,6 +25,7 @@ import train
 import train_image_only
 from src.cli import Parser
 from src.data.images import load_image
+from src.data.source import scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.models import onnx_graph
 from src.models.checkpoint import load_checkpoint
@@ -660,8 +662,32 @@ def test_one_validation_image_is_refused(run, tmp_path):
     """With a single validation image every recall would be 100 %. No image is decoded before."""
     with pytest.raises(UserError, match="validation needs at least 2 images and has 1: choose"):
         train.main([*run.data, *MODEL, "--cache-dir", str(tmp_path / "cache"),
-                    "--results-dir", str(tmp_path / "results"), "--val-fraction", "0.05"])
+                    "--results-dir", str(tmp_path / "results"), "--val-fraction", "0.05",
+                    "--weights", "none"])
     assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "results" / "rejected.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_split_is_small_because_images_are_missing(run, tmp_path, strict, capsys):
+    """The message says so, and rejected.csv names the images."""
+    shutil.copytree(run.folder / "data", tmp_path / "data")
+    images = tmp_path / "data" / "images"
+    annotations = tmp_path / "data" / "annotations" / "annotations.csv"
+    names = [record.name for record in scan_dataset(images, annotations, 0.5).splits["val"]]
+    for name in names[1:]:
+        (images / name).unlink()
+    count = len(names) - 1
+    reason = (f"{count} images missing, and --strict allows none" if strict else
+              f"validation needs at least 2 images and has 1: {count} images are missing in")
+    with pytest.raises(UserError, match=reason) as caught:
+        train.main(["--images", str(images), "--annotations", str(annotations), *MODEL,
+                    "--results-dir", str(tmp_path / "results"), "--val-fraction", "0.5",
+                    "--weights", "none", *["--strict"] * strict])
+    assert caught.value.status == 2 - strict
+    assert f"{count} images missing: " in capsys.readouterr().out
+    rejected = (tmp_path / "results" / "rejected.csv").read_text()
+    assert count >= 2 and all(name in rejected for name in names[1:])
 
 
 @pytest.mark.parametrize("fault", ["row", "missing", "unreadable"])
@@ -766,6 +792,7 @@ def test_an_unknown_flag_is_an_error_with_the_nearest_one(capsys, argv, nearest)
 def test_an_unknown_flag_without_a_near_one(capsys):
     """Nothing is suggested if no flag is similar, or if the script lacks the renamed flag."""
     assert "did you mean" not in error_of(capsys, "--xyzzy", "-q", "word")
+    assert "did you mean" not in error_of(capsys, "--mirror-men")  # that is no flag's former name
     with pytest.raises(SystemExit):
         Parser("a script without --flip-tta").parse_args(["--mirror-mean"])
     assert "did you mean" not in capsys.readouterr().err
@@ -938,14 +965,16 @@ def test_weights_are_checked_before_anything_is_decoded(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_a_rank_without_a_launcher_is_one_message(monkeypatch, capsys, trained, script):
+def test_a_rank_without_a_launcher_is_one_message(trained, script):
     """RANK alone, as some clusters set it, is refused with the cure."""
-    monkeypatch.setenv("RANK", "0")
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    status, error = run_program(monkeypatch, capsys, script, "--results-dir", str(trained))
-    assert status == 2 and error.startswith("error: the environment has RANK but no WORLD_SIZE")
-    assert "torchrun" in error and "Traceback" not in error
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(  # a process of its own: with RANK a script ends Python at once
+        [sys.executable, script, "--results-dir", str(trained)], capture_output=True, text=True,
+        cwd=Path(train.__file__).parent, env={**environment, "RANK": "0"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the environment has RANK but no WORLD_SIZE")
+    assert "torchrun" in done.stderr and "Traceback" not in done.stderr
 
 
 # main.py

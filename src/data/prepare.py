@@ -18,7 +18,7 @@ from src.data.images import load_resized
 from src.data.pixel_store import PixelStore, store_size
 from src.data.source import DataSource
 from src.utils.distributed import rank
-from src.utils.errors import UserError, counted, print_message, printable
+from src.utils.errors import UserError, counted, print_message
 from src.utils.files import write_atomic
 
 if TYPE_CHECKING:  # src/data does not depend on src/models
@@ -57,8 +57,8 @@ def prepare_datasets(
                              follow_links=source.follow_links)
     if store.failed and not store.rows:
         name, reason = next(iter(store.failed.items()))
-        raise UserError(printable(
-            f"none of the {len(store.failed):,} images can be read; the first, {name}: {reason}"))
+        raise UserError(
+            f"none of the {len(store.failed):,} images can be read; the first, {name}: {reason}")
     datasets = [Flickr30kDataset(records, store, tokenizer) for records in splits]
     if rank() == 0:
         print(write_rejected(rejected, source, store, *datasets))
@@ -94,8 +94,8 @@ def prepare_images(
     failed = {name: value for name, value in loaded.items() if isinstance(value, str)}
     if failed:
         name, reason = next(iter(failed.items()))
-        message = printable(f"{len(failed):,} of {len(paths):,} images cannot be read; the first, "
-                            f"{name}: {reason}")
+        message = (f"{len(failed):,} of {len(paths):,} images cannot be read; the first, "
+                   f"{name}: {reason}")
         if not pixels:
             raise UserError(message)
         print_message(f"note: {message}")

@@ -49,6 +49,8 @@ class DataSource:
         if self.splits["val"]:
             return ""
         counts = ", ".join(f"{split} {len(records):,}" for split, records in self.splits.items())
+        if self.missing:
+            counts += f", missing {len(self.missing):,}"
         origin = "the split of the caption file" if self.annotations.has_split else "the split"
         return (f"{origin} has no validation images ({counts}): --val-fraction 0.1 takes a tenth "
                 "of the training images, --val-fraction 0 trains without validation")
@@ -65,7 +67,9 @@ class DataSource:
         """
         if n_images >= 2 or (split == "val" and not self.splits["val"]):
             return ""
-        if self.annotations.has_split:
+        if self.missing:
+            cure = f"{counted(len(self.missing), 'images')} are missing in {self.images}"
+        elif self.annotations.has_split:
             cure = "change the split of the caption files"
         elif split == "val" and len(self.splits["train"]) > 2:
             share = 2 / (len(self.splits["train"]) + len(self.splits["val"]))
@@ -105,10 +109,10 @@ def scan_dataset(
         if not os.path.exists(path):  # Path.exists raises in a folder that may not be read
             raise UserError(
                 f"there is no {what} at {path}\n"
-                "  Flickr30k goes here:  data/flickr30k/images/*.jpg\n"
-                "                        data/flickr30k/annotations/annotations.csv\n"
-                "  other places:         --data-dir DIR, or --images DIR --annotations FILE\n"
-                "  no data at hand:      --demo draws a small dataset of its own"
+                "    Flickr30k goes here:  data/flickr30k/images/*.jpg\n"
+                "                          data/flickr30k/annotations/annotations.csv\n"
+                "    other places:         --data-dir DIR, or --images DIR --annotations FILE\n"
+                "    no data at hand:      --demo draws a small dataset of its own"
             )
     if not images.is_dir():
         raise UserError(f"{images} is not an image folder")

@@ -135,8 +135,8 @@ def answer_image(
 
     Args:
         path: of the image, in the library or not.
-        load: returns the model and its tokenizer. It is not called for an image of the library
-            without captions.
+        load: returns the model and its tokenizer. It is not called if the image is in the library
+            and `captions` is empty.
         library: the images.
         captions: from which the best five are chosen.
         chosen: which hits are shown.
@@ -144,11 +144,13 @@ def answer_image(
     Raises:
         UserError: the image cannot be read.
     """
-    try:
-        digest = content_digest(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    own = [i for i, other in enumerate(library.index.digests) if other == digest]
+    own = []
+    if path.is_file():  # a pipe can be read only once
+        try:
+            digest = content_digest(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        own = [i for i, other in enumerate(library.index.digests) if other == digest]
     embedding = library.index.embeddings[own[0]] if own else _embed_file(path, load()[0])
     results, _ = find_results(library, embedding, chosen, own)
     best = _best_captions(embedding, captions, *load()) if captions else []

@@ -55,7 +55,10 @@ def init_distributed() -> None:
 
 
 def destroy_distributed() -> None:
-    """Leave the process group; threads of a group that is left open abort Python at its exit."""
+    """Leave the process group, whose threads can abort Python at its end.
+
+    One of them may still free its last tensors then, so `run_script` does not let Python end.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and the texts of messages."""
+"""The exception for mistakes of the user; messages, and how they are printed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def fit_terminal(text: str) -> str:
     def wrap(line: str) -> str:
         indent = line[: len(line) - len(line.lstrip(" "))]
         return line if len(indent) >= 4 else textwrap.fill(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            line.lstrip(" "), width, initial_indent=indent, subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False)
 
     return "\n".join(map(wrap, text.split("\n")))
 

@@ -68,13 +68,15 @@ def run_script(main: Callable[[], int]) -> None:
 
     A UserError is printed as one message, without a traceback, and gives its own status; Ctrl-C
     gives 130. Characters that the encoding of standard output lacks are escaped. A process of
-    torchrun ends without Python's finalization.
+    torchrun ends without Python's finalization, unless it raises another exception.
     """
     if _is_terminal():
         print(ERASE, end="", file=sys.stderr, flush=True)
     if sys.stdout is None:  # closed by the shell, as in >&-
         print_message("note: standard output is closed")
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:  # progress bars write to it
+        sys.stderr = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         exit_status = main()
@@ -95,8 +97,8 @@ def run_script(main: Callable[[], int]) -> None:
     if "RANK" in os.environ:
         # A thread of PyTorch's process group that frees a tensor during finalization aborts the
         # process, even shortly after the group was left (pytorch/pytorch issue 190489).
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        with contextlib.suppress(OSError):  # its reader has exited
+            sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

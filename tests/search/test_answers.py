@@ -121,6 +121,14 @@ def test_an_image_of_the_index_needs_no_model(
         search.main(["--image", str(tmp_path / "outside.png"), *flags])
 
 
+def test_an_image_from_a_pipe(images: Path, flags: list[str]) -> None:
+    """It can be read only once."""
+    done = subprocess.run(
+        [sys.executable, "search.py", "--image", "/dev/stdin", "--json", *flags], cwd=ROOT,
+        input=(images / "2.png").read_bytes(), capture_output=True, check=True)
+    assert Path(json.loads(done.stdout)["results"][0]["path"]).name == "2.png"
+
+
 def make_library(n_groups: int, size: int) -> Library:
     """Return a library of groups of near duplicates."""
     rng = np.random.default_rng(0)

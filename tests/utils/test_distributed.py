@@ -43,6 +43,7 @@ from src.utils.distributed import (
 )
 from src.utils.files import fingerprint
 from src.utils.runtime import grad_scaler, seed_all
+from src.utils.script import run_script
 from tests.tiny_data import make_tiny_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +90,8 @@ def one_step(chunk_size: int | None) -> dict[str, torch.Tensor]:
     return {"loss": loss, "metrics": metrics, "embeddings": embed_images(model, dataset), **found}
 
 
-def worker(folder: Path, chunk_size: int | None) -> None:
-    """Check the collectives, and save what this rank computes."""
+def worker(folder: Path, chunk_size: int | None) -> int:
+    """Check the collectives, and save what this rank computes. Returns the exit status."""
     init_distributed()
     assert world_size() > 1
     assert any_rank(rank() == 1) and not any_rank(False)
@@ -112,7 +113,8 @@ def worker(folder: Path, chunk_size: int | None) -> None:
                 for tensor in (layer.running_mean, layer.running_var, layer.weight.grad)]
     torch.save([own, averaged], folder / f"statistics {rank()}.pt")
     barrier()
-    destroy_distributed()  # threads of the group that outlive Python abort the process
+    destroy_distributed()
+    return 0
 
 
 @pytest.mark.parametrize(("processes", "chunk_size"), [(2, None), (3, 2)])
@@ -302,4 +304,4 @@ def test_parts_differ_by_at_most_one(monkeypatch, count, world):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     src.utils.runtime.cpu_has_bfloat16 = lambda: False  # as in all tests
-    worker(Path(sys.argv[1]), int(sys.argv[2]) or None)
+    run_script(lambda: worker(Path(sys.argv[1]), int(sys.argv[2]) or None))

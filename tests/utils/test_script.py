@@ -87,15 +87,19 @@ def test_a_process_of_torchrun_ends_without_finalization(end: str, status: int) 
 def test_parts_of_a_list_keep_its_indentation() -> None:
     """A note's list items of two spaces are wrapped too, and escaped."""
     code = ("from src.utils.errors import print_message\n"
-            "print_message('photos:\\n  ' + 30 * 'name\\x1b[2J ')")
-    lines = run_in_terminal(sys.executable, "-c", code, COLUMNS="40").splitlines()
-    assert lines[0] == "photos:" and len(lines) > 5 and max(map(len, lines)) <= 40
-    assert all(line.startswith("  name\\x1b[2J") for line in lines[1:])
+            "print_message('photos:\\n  ' + 50 * '/' + ' ' + 30 * 'name\\x1b[2J ')")
+    title, path, *lines = run_in_terminal(sys.executable, "-c", code, COLUMNS="40").splitlines()
+    assert title == "photos:" and path == "  " + 50 * "/"
+    assert len(lines) > 5 and max(map(len, lines)) <= 40
+    assert all(line.startswith("  name\\x1b[2J") for line in lines)
 
 
 def test_a_message_is_lost_with_standard_error_alone() -> None:
     """With standard error closed, messages do not go to standard output."""
-    code = "from src.utils.errors import print_message\nprint_message('note')\nprint('result')"
+    code = ("from src.utils.errors import print_message\nprint_message('note')\n"
+            "from src.utils.script import run_script\nfrom tqdm import tqdm\nimport sys\n"
+            "def main():\n    print_message('note')\n    for _ in tqdm([1], file=sys.stderr):\n"
+            "        print('result')\n    return 0\nrun_script(main)")
     done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code],
                           cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "result\n")
