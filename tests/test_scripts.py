@@ -688,6 +688,9 @@ def test_a_split_is_small_because_images_are_missing(run, tmp_path, strict, caps
     assert f"{count} images missing: " in capsys.readouterr().out
     rejected = (tmp_path / "results" / "rejected.csv").read_text()
     assert count >= 2 and all(name in rejected for name in names[1:])
+    (images / names[0]).unlink()
+    source = scan_dataset(images, annotations, 0.5)
+    assert f"val 0, test 0, missing {len(names)})" in source.explain_no_validation()
 
 
 @pytest.mark.parametrize("fault", ["row", "missing", "unreadable"])
