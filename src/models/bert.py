@@ -176,6 +176,8 @@ class BertEncoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map (B, L) token ids to (B, F) float32 features."""
+        if not len(tokens):  # a split has fewer captions than the run has ranks
+            return torch.zeros(0, self.feature_dim, device=tokens.device)
         if tokens.device.type != "cpu":
             # All captions at the same length: the host would have to wait for the lengths, and
             # kernels for many shapes would be slower than the padding that they avoid.

@@ -48,6 +48,7 @@ def test_features_are_those_of_each_caption_alone(tmp_path, monkeypatch, kind, p
     with torch.no_grad():
         found = encoder(tokenizer.encode(CAPTIONS))
         assert found.shape == (len(CAPTIONS), 16) and found.dtype == torch.float32
+        assert encoder(tokenizer.encode(CAPTIONS)[:0]).shape == (0, 16)  # a rank without captions
         # As on a GPU, where all captions are padded to one length.
         torch.testing.assert_close(encoder._encode(tokenizer.encode(CAPTIONS)), found,
                                    rtol=1e-4, atol=1e-4)
