@@ -31,7 +31,7 @@ import torch
 from src import cli
 from src.data.dataset import Flickr30kDataset
 from src.data.loader import cache_on_device, count_batches
-from src.data.prepare import check_strict, collect_issues, prepare_datasets, write_rejected
+from src.data.prepare import check_splits, prepare_datasets
 from src.data.source import DataSource, scan_dataset
 from src.evaluation.embed import evaluate_retrieval
 from src.evaluation.examples import report_best
@@ -200,13 +200,7 @@ def load_images(
         UserError: a split has fewer than two images, or see `prepare_datasets`.
     """
     rejected = results.folder / "rejected.csv"
-    for split in ("train", "val"):  # before the images are decoded; then without unreadable ones
-        if reason := source.explain_small_split(split, len(source.splits[split])):
-            if distributed.rank() == 0:
-                print(write_rejected(rejected, source))
-            if args.strict:
-                check_strict(collect_issues(source))
-            raise UserError(reason)
+    check_splits(source, rejected, strict=args.strict)  # again below, without unreadable images
     datasets = prepare_datasets(
         source, [source.splits["train"], source.splits["val"]], tokenizer, args.image_size,
         cache=data.cache, rejected=rejected, strict=args.strict)

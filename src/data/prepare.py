@@ -69,6 +69,26 @@ def prepare_datasets(
     return datasets
 
 
+def check_splits(source: DataSource, rejected: Path, *, strict: bool) -> None:
+    """Refuse too few training or validation images before any is decoded; report the input then.
+
+    Args:
+        source: the captions and image files.
+        rejected: the CSV file of all issues.
+        strict: name what had to be left out, if that is the reason.
+
+    Raises:
+        UserError: a split has fewer than two images.
+    """
+    for split in ("train", "val"):
+        if reason := source.explain_small_split(split, len(source.splits[split])):
+            if rank() == 0:
+                print(write_rejected(rejected, source))
+            if strict:
+                check_strict(collect_issues(source))
+            raise UserError(reason)
+
+
 def prepare_images(
     paths: Sequence[Path], tokenizer: Tokenizer, image_size: int
 ) -> Flickr30kDataset:

@@ -339,7 +339,7 @@ def test_a_second_build_waits(
     waiting = threading.Event()
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(
         write=lambda text: waiting.set() if "waiting for another process" in text else None,
-        flush=lambda: None))
+        flush=lambda: None, isatty=lambda: False))
     with ThreadPoolExecutor(1) as pool:
         with exclusive_lock(tmp_path / "s" / "pixels_9.lock"):
             second = pool.submit(PixelStore.build, tmp_path / "s", images, NAMES, 9)
