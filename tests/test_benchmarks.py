@@ -24,6 +24,7 @@ from src.models.checkpoint import load_checkpoint, save_checkpoint
 from src.models.dual_encoder import DualEncoder, ModelConfig
 from src.models.loss import contrastive_loss
 from src.models.tokenizer import Tokenizer
+from src.training.recipes import RECIPES
 
 SIZE = 32
 
@@ -122,6 +123,15 @@ def test_pretrained_model_and_card(
     assert search.main(["red thing", "--checkpoint", str(output), "--images", str(images),
                         "--results-dir", str(tmp_path / "search")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 11
+
+
+def test_the_card_has_the_flags_that_are_not_defaults() -> None:
+    """The default image size is that of the image encoder."""
+    flags = {**RECIPES["strong"], "recipe": "strong", "image_encoder": "efficientnet-lite1"}
+    assert pretrained.changed_flags({**flags, "image_size": 240}) == [
+        "--recipe strong", "--image-encoder efficientnet-lite1"]
+    assert pretrained.changed_flags({**flags, "image_size": 224, "flip": False})[2:] == [
+        "--image-size 224", "--no-flip"]
 
 
 def test_peak_memory_counts_freed_memory() -> None:
