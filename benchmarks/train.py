@@ -42,7 +42,8 @@ from src.utils.runtime import (
 
 LR = 1e-4  # large enough for the losses of a few steps to show a mistake
 # Contender -> packages that it needs.
-CONTENDERS = {"naive": [], "timm": ["timm"], "open_clip": ["timm", "open_clip_torch"],
+CONTENDERS = {"naive": [], "timm": ["timm"],
+              "open_clip": ["timm", "open_clip_torch", "braceexpand", "webdataset"],
               "ours": [], "ours, in place": [], "ours, compiled": []}
 
 
