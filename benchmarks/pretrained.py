@@ -16,7 +16,7 @@ from pathlib import Path
 import evaluate
 from benchmarks.timing import machine
 from src.models.checkpoint import load_checkpoint, save_compact
-from src.training.recipes import IMAGE_SIZES, RECIPES
+from src.training.recipes import recipe_defaults
 from src.utils.errors import UserError
 from src.utils.files import write_atomic
 from src.utils.paths import PRETRAINED
@@ -96,9 +96,7 @@ def measure(path: Path, flags: dict) -> dict[str, float]:
 def changed_flags(flags: dict) -> list[str]:
     """Return the flags of a run that differ from its recipe, without paths."""
     changed = [f"--recipe {flags['recipe']}", f"--image-encoder {flags['image_encoder']}"]
-    defaults = dict(RECIPES[flags["recipe"]])
-    defaults["image_size"] = IMAGE_SIZES.get(flags["image_encoder"], defaults["image_size"])
-    for name, default in defaults.items():
+    for name, default in recipe_defaults(flags["recipe"], flags["image_encoder"]).items():
         flag, value = name.replace("_", "-"), flags.get(name, default)
         if isinstance(value, bool):
             changed += [f"--{flag}" if value else f"--no-{flag}"] * (value != default)

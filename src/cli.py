@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from src.training.recipes import IMAGE_SIZES, RECIPES
+from src.training.recipes import RECIPES, recipe_defaults
 from src.training.tensorboard import check_tensorboard
 from src.utils.errors import UserError, print_message
 from src.utils.paths import PRETRAINED, DataPaths, ResultPaths
@@ -325,9 +325,8 @@ def apply_recipe(parser: argparse.ArgumentParser, argv: list[str] | None) -> Non
     chosen = chooser.parse_known_args(argv)[0]
     recipe = chosen.recipe or ("demo" if chosen.demo else "baseline")
     # `parser` itself refuses an unknown recipe.
-    parser.set_defaults(recipe=recipe, **RECIPES.get(recipe, RECIPES["baseline"]))
-    if recipe != "demo" and chosen.image_encoder in IMAGE_SIZES:
-        parser.set_defaults(image_size=IMAGE_SIZES[chosen.image_encoder])
+    known = recipe if recipe in RECIPES else "baseline"
+    parser.set_defaults(recipe=recipe, **recipe_defaults(known, chosen.image_encoder))
 
 
 def check_text_flags(args: argparse.Namespace) -> None:

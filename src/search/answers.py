@@ -158,7 +158,7 @@ def answer_image(
 
 
 def _embed_file(path: Path, model: DualEncoder) -> np.ndarray:
-    """Return the embedding of an image file: (D,) float32."""
+    """Return the embedding of an image file: (D,) float32; a UserError if it cannot be read."""
     import torch
 
     from src.data.images import load_resized
@@ -176,14 +176,11 @@ def _best_captions(
     embedding: np.ndarray, captions: list[str], model: DualEncoder, tokenizer: Tokenizer
 ) -> list[dict]:
     """Return the five captions that fit an embedding (D,) best, with their scores."""
-    import torch
-
     from src.evaluation.embed import embed_tokens
 
-    scores = embed_tokens(model, tokenizer.encode(captions)) @ torch.from_numpy(embedding.copy())
-    best = scores.topk(min(5, len(captions)))
-    return [{"score": score, "caption": captions[i]} for score, i in
-            zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    scores = embed_tokens(model, tokenizer.encode(captions)).numpy() @ embedding  # (M,)
+    return [{"score": scores[i].item(), "caption": captions[i]}
+            for i in np.argsort(-scores, kind="stable")[:5]]
 
 
 def _join_lines(parts: list[str], indent: int, width: int = 80) -> list[str]:

@@ -26,3 +26,16 @@ RECIPES["demo"] = RECIPES["baseline"] | dict(
     warmup_steps=20, captions_per_image=5, flip=False, min_freq=1, drop_connect=0.0,
     word_dropout=0.1,
 )
+
+
+def recipe_defaults(recipe: str, image_encoder: str | None) -> dict:
+    """Return the flags of a recipe, with the published image size of the image encoder.
+
+    Args:
+        recipe: of RECIPES; 'demo' keeps its small images.
+        image_encoder: the name of the network, or None for the default.
+    """
+    defaults = dict(RECIPES[recipe])
+    if recipe != "demo" and image_encoder in IMAGE_SIZES:
+        defaults["image_size"] = IMAGE_SIZES[image_encoder]
+    return defaults

@@ -94,7 +94,7 @@ def test_parts_of_a_list_keep_its_indentation() -> None:
     assert all(line.startswith("  name\\x1b[2J") for line in lines)
 
 
-def test_a_message_is_lost_with_standard_error_alone() -> None:
+def test_messages_do_not_go_to_standard_output() -> None:
     """With standard error closed, messages do not go to standard output."""
     code = ("from src.utils.errors import print_message\nprint_message('note')\n"
             "from src.utils.script import run_script\nfrom tqdm import tqdm\nimport sys\n"
